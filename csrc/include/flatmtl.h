@@ -1,0 +1,372 @@
+/* flatmtl.h - flat-minima training for multi-task models, on raw buffers.
+ *
+ * One F-MTL step (arXiv 2211.13723, Algorithm 1) for K tasks that share parameters theta and own heads psi_i:
+ *
+ *   losses -> per-task gradients -> Gramian -> weights -> combined update -> parameters
+ *
+ *   1. (g_i, h_i)  gradient of loss i with respect to (theta, psi_i), computed by the caller
+ *   2. theta + rho_shared g_i/||g_i||,  psi_i + rho_task h_i/||h_i||                     flatmtl_perturb
+ *   3. (s_i, t_i)  the gradients there, computed by the caller; the parameters are then restored
+ *   4. f_i = s_i - g_i, the flat gradient; both families' Gramians                       flatmtl_gramian_pair
+ *   5. weights a of the loss family and b of the flat family, by an aggregator            flatmtl_step_weights
+ *   6. update of theta: SUM a_i g_i + b_i f_i; update of psi_i: t_i                       flatmtl_combine_pair
+ *
+ * The pieces can be called one by one, or through the state machine flatmtl_step_*, which keeps their order.
+ *
+ * Rules that hold for every function here
+ *  - Returns a flatmtl_status: 0 is success, > 0 success with a remark, < 0 an error. On an error nothing the caller
+ *    passed has been written to, except *error. The last argument, error, may be NULL.
+ *  - Every buffer belongs to the caller; nothing is kept after the call returns, except by flatmtl_step_init.
+ *  - No allocation, no I/O, no threads, no global state but the table of kernels chosen once for this CPU
+ *    (environment variable FLATMTL_ISA=base|avx2|avx512|neon overrides the choice).
+ *  - Results are equal bit for bit whatever the instruction set, the number of threads, and the way a vector is cut
+ *    into segments.
+ *  - Inner products are accumulated in double precision. Values of FLATMTL_F32, BF16 and F16 are widened exactly.
+ *  - Thread safety: calls on distinct buffers may run at the same time.
+ */
+#ifndef FLATMTL_H
+#define FLATMTL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FLATMTL_VERSION_MAJOR 0
+#define FLATMTL_VERSION_MINOR 1
+#define FLATMTL_VERSION_PATCH 0
+
+#if defined(FLATMTL_BUILD_SHARED) && defined(_WIN32)
+#define FLATMTL_API __declspec(dllexport)
+#elif defined(FLATMTL_BUILD_SHARED)
+#define FLATMTL_API __attribute__((visibility("default")))
+#else
+#define FLATMTL_API
+#endif
+
+/* Largest number of tasks any function accepts. */
+#define FLATMTL_MAX_TASKS 4096
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Status and errors
+ */
+
+typedef enum flatmtl_status {
+  FLATMTL_OK = 0,
+  /* No finite weights exist: a non-negative combination of the rows vanishes (Nash-MTL, FairGrad), or 1'G^+ d = 0
+   * (IMTL-G). All weights are 0. */
+  FLATMTL_PARETO_STATIONARY = 1,
+  FLATMTL_ERROR_NULL = -1,      /* a required pointer is NULL */
+  FLATMTL_ERROR_NUM_TASKS = -2, /* number of tasks or rows out of range */
+  FLATMTL_ERROR_SIZE = -3,      /* negative length or count, or memory too small */
+  FLATMTL_ERROR_DTYPE = -4,     /* unknown dtype, or two arguments of different dtypes */
+  FLATMTL_ERROR_MISMATCH = -5,  /* two arguments with different segment tables or numbers of tasks */
+  FLATMTL_ERROR_OVERLAP = -6,   /* an output overlaps an input or another output */
+  FLATMTL_ERROR_NAME = -7,      /* unknown method, mode or instruction set */
+  FLATMTL_ERROR_OPTION = -8,    /* wrong number of options, or an option out of range */
+  FLATMTL_ERROR_NONFINITE = -9, /* Inf or NaN; error->row names the row (task) */
+  FLATMTL_ERROR_ORDER = -10,    /* a function of flatmtl_step_* called out of order */
+  FLATMTL_ERROR_INTERNAL = -11  /* a solve did not reach its tolerance: a bug, please report it */
+} flatmtl_status;
+
+/* What went wrong, and where. Fields that do not apply are -1 (row, segment) or NAN (value). */
+typedef struct flatmtl_error {
+  flatmtl_status status;
+  const char *argument; /* name of the offending argument as in this header; a string literal */
+  int64_t row;          /* task or row */
+  int64_t segment;      /* index in the segment table */
+  double value;         /* the offending value */
+} flatmtl_error;
+
+/* Writes a sentence about error to buffer (NUL-terminated, cut at size bytes). ERROR_NULL if an argument is NULL,
+ * ERROR_SIZE if size is 0. */
+FLATMTL_API flatmtl_status flatmtl_error_message(const flatmtl_error *error, char *buffer, size_t size);
+
+/* "0.1.0" */
+FLATMTL_API const char *flatmtl_version(void);
+
+/* The instruction set in use: "base", "avx2", "avx512" or "neon". */
+FLATMTL_API const char *flatmtl_isa(void);
+
+/* Chooses the instruction set by name (for tests; no other call may run meanwhile). ERROR_NAME if the name is unknown,
+ * or if this build or this CPU does not have it; the choice is then unchanged. */
+FLATMTL_API flatmtl_status flatmtl_select_isa(const char *name, flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Vectors in pieces
+ *
+ * A vector of P numbers is a list of segments (a parameter tensor each, say), so that nothing has to be flattened.
+ * Segments of length 0 are ordinary, and their pointers may be NULL.
+ */
+
+typedef enum flatmtl_dtype {
+  FLATMTL_F32 = 0,
+  FLATMTL_F64 = 1,
+  FLATMTL_BF16 = 2, /* uint16_t: the upper half of an F32 */
+  FLATMTL_F16 = 3   /* uint16_t: IEEE binary16 */
+} flatmtl_dtype;
+
+/* num_rows vectors with one segment table, read only. */
+typedef struct flatmtl_rows {
+  flatmtl_dtype dtype;
+  int32_t num_rows;
+  int64_t num_segments;    /* >= 0 */
+  const int64_t *lengths;  /* [num_segments], in elements, each >= 0 */
+  const void *const *data; /* [num_rows * num_segments], row-major */
+} flatmtl_rows;
+
+/* One vector, written to. */
+typedef struct flatmtl_vector {
+  flatmtl_dtype dtype;
+  int64_t num_segments;
+  const int64_t *lengths; /* [num_segments] */
+  void *const *data;      /* [num_segments] */
+} flatmtl_vector;
+
+/* Runs fn(begin, end, context) over a partition of [begin, end), on as many threads as the host likes, and returns when
+ * all is done. Ranges must not be smaller than grain, but for the last one. */
+typedef void (*flatmtl_range_fn)(int64_t begin, int64_t end, void *context);
+typedef void (*flatmtl_parallel_for)(int64_t begin, int64_t end, int64_t grain, flatmtl_range_fn fn, void *context,
+                                     void *host);
+
+/* What a call may use: threads and scratch memory. */
+typedef struct flatmtl_context {
+  flatmtl_parallel_for parallel_for; /* NULL: the calling thread alone */
+  void *host;                        /* handed to parallel_for */
+  void *workspace;                   /* aligned to 64 bytes */
+  size_t workspace_size;             /* in bytes, at least flatmtl_workspace_size(num_tasks) */
+} flatmtl_context;
+
+/* Scratch bytes that are enough for every call with up to num_tasks tasks, whatever the length of the rows. */
+FLATMTL_API flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Kernels: one pass over memory each
+ */
+
+/* sq_norms[i] = SUM_p (t_p x_ip)^2, with t_p = 1 if params is NULL, else t_p = |params_p| + eta (ASAM, 2102.11600).
+ *  rows      K rows; ERROR_NONFINITE names the first row whose result is Inf or NaN (sq_norms is written all the same)
+ *  params    NULL, or one row with the same segment table and dtype
+ *  eta       >= 0; ignored if params is NULL
+ *  sq_norms  [K], out */
+FLATMTL_API flatmtl_status flatmtl_sq_norms(const flatmtl_context *context, const flatmtl_rows *rows,
+                                            const flatmtl_rows *params, double eta, double *sq_norms,
+                                            flatmtl_error *error);
+
+/* G_ij = <x_i, x_j>, symmetric.
+ *  gramian   [K * K], row-major, out. ERROR_NONFINITE names the first row with a non-finite G_ii (gramian is written
+ *            all the same) */
+FLATMTL_API flatmtl_status flatmtl_gramian(const flatmtl_context *context, const flatmtl_rows *rows, double *gramian,
+                                           flatmtl_error *error);
+
+/* Gramian of the 2K vectors (g_1 .. g_K, f_1 .. f_K), f_i = s_i - g_i, in one pass. f_i is formed element by element in
+ * registers (rounded to F32 for rows of F32 and narrower, to F64 for F64), never by differences of inner products:
+ * those cancel when ||f|| << ||g||.
+ *  loss_rows, perturbed_rows  g and s: K rows each, same segment table and dtype
+ *  gramian   [2K * 2K], row-major, out: ( <g_i,g_j>  <g_i,f_j> ; <f_i,g_j>  <f_i,f_j> ). ERROR_NONFINITE: row < K
+ *            names g_row, row >= K names s_(row-K) (gramian is written all the same) */
+FLATMTL_API flatmtl_status flatmtl_gramian_pair(const flatmtl_context *context, const flatmtl_rows *loss_rows,
+                                                const flatmtl_rows *perturbed_rows, double *gramian,
+                                                flatmtl_error *error);
+
+/* out_p = SUM_i weights[i] x_ip, summed in double in the order of the rows, rounded once to out's dtype.
+ *  weights   [K], finite
+ *  out       the rows' segment table and dtype; may not overlap them */
+FLATMTL_API flatmtl_status flatmtl_combine(const flatmtl_context *context, const flatmtl_rows *rows,
+                                           const double *weights, const flatmtl_vector *out, flatmtl_error *error);
+
+/* out_p = SUM_i loss_weights[i] g_ip + flat_weights[i] (s_ip - g_ip), as flatmtl_combine.
+ *  out       may not overlap the rows */
+FLATMTL_API flatmtl_status flatmtl_combine_pair(const flatmtl_context *context, const flatmtl_rows *loss_rows,
+                                                const flatmtl_rows *perturbed_rows, const double *loss_weights,
+                                                const double *flat_weights, const flatmtl_vector *out,
+                                                flatmtl_error *error);
+
+/* params_p = saved_p + scale[segment of p] * t_p^2 * gradient_p, with t_p = 1, or |saved_p| + eta if adaptive; computed
+ * in double, rounded once. scale is rho / ||t gradient||, 0 where the norm is 0 (paper, Algorithm 1 step 2; ASAM).
+ *  params    written to
+ *  saved     one row: the unperturbed values; may not overlap params
+ *  gradient  one row
+ *  scale     [num_segments], finite */
+FLATMTL_API flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vector *params,
+                                           const flatmtl_rows *saved, const flatmtl_rows *gradient, const double *scale,
+                                           int adaptive, double eta, flatmtl_error *error);
+
+/* to = from, bit for bit: saving and restoring. from is one row. */
+FLATMTL_API flatmtl_status flatmtl_copy(const flatmtl_context *context, const flatmtl_vector *to,
+                                        const flatmtl_rows *from, flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Aggregators: weights from the Gramian
+ *
+ * The update of an aggregator is SUM_i w_i g_i with w = w(G), G_ij = <g_i, g_j>, d_i = sqrt(G_ii). Solves are exact: by
+ * active sets or Newton's method in double precision, with an optimality residual of at most 1e-10 relative to
+ * (|G| |w|)_i, component by component, for G positive semidefinite up to rounding. "degree p": w(c^2 G) = c^(p-1) w(G).
+ */
+
+typedef enum flatmtl_method {
+  FLATMTL_SUM = 0,      /* w = 1. Degree 1. */
+  FLATMTL_MEAN = 1,     /* w = 1/K. Degree 1. */
+  FLATMTL_FIXED = 2,    /* w = options[0 .. K-1], finite. Degree 1. */
+  FLATMTL_MGDA = 3,     /* argmin w'Gw over the simplex (Desideri 2012, Sener and Koltun 1810.04650). Degree 1. */
+  FLATMTL_PCGRAD = 4,   /* sum over tasks (2001.06782). options: seed, draw; both integers >= 0 below 2^53. Degree 1. */
+  FLATMTL_CAGRAD = 5,   /* 2110.14048, divided by 1 + c^2. options: c in [0, 1), 0.4. Degree 1. */
+  FLATMTL_IMTL_G = 6,   /* w = G^+ d / (1'G^+ d) (IMTL, ICLR 2021). Degree 1. */
+  FLATMTL_NASH_MTL = 7, /* the root of G w = 1/w, w > 0 (2202.01017). Degree 0. */
+  FLATMTL_FAIRGRAD = 8, /* the root of G w = w^(-1/alpha), w > 0 (2402.15638). options: alpha > 0, 2. Degree
+                           (1-alpha)/(1+alpha). */
+  FLATMTL_NUM_METHODS = 9
+} flatmtl_method;
+
+/* "sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad". */
+FLATMTL_API flatmtl_status flatmtl_method_by_name(const char *name, flatmtl_method *method, flatmtl_error *error);
+
+/* The name of a method, or NULL if there is none with that number. */
+FLATMTL_API const char *flatmtl_method_name(flatmtl_method method);
+
+/* The defaults of a method's options.
+ *  options      [*num_options], out; NULL to ask for the number alone
+ *  num_options  in: room in options; out: how many there are */
+FLATMTL_API flatmtl_status flatmtl_method_defaults(flatmtl_method method, int32_t num_tasks, double *options,
+                                                   int32_t *num_options, flatmtl_error *error);
+
+/* w = w(G).
+ *  options   [num_options] as listed at flatmtl_method; num_options == 0 takes the defaults
+ *  gramian   [K * K], row-major; the lower triangle is read. ERROR_NONFINITE names the row
+ *  weights   [K], out; may not overlap gramian
+ * Returns PARETO_STATIONARY with all weights 0 where no finite solution exists. A zero row (G_ii = 0) gets weight 0 in
+ * imtl_g, nash_mtl and fairgrad, which have no finite weight for it; in mgda the zero rows share weight 1 (the
+ * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. */
+FLATMTL_API flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method method, const double *options,
+                                           int32_t num_options, int32_t num_tasks, const double *gramian,
+                                           double *weights, flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * The step's weights: both families
+ */
+
+typedef enum flatmtl_combination {                         /* paper section 4.3; A is the aggregator */
+                                   FLATMTL_DECOMPOSED = 0, /* A(g) + A(f): the paper's method */
+                                   FLATMTL_DIRECT = 1,     /* A(s) */
+                                   FLATMTL_SECOND = 2,     /* A(A(g), A(f)) */
+                                   FLATMTL_EACH = 3        /* A(r_1 .. r_K), r_i = A(g_i, f_i) */
+} flatmtl_combination;
+
+typedef enum flatmtl_family_scale {
+  FLATMTL_SCALE_NONE = 0, /* the raw method */
+  FLATMTL_SCALE_RMS = 1   /* each call of A on G / s^2, s^2 = trace(G) / K: every method becomes of degree 1 */
+} flatmtl_family_scale;
+
+typedef enum flatmtl_norm {
+  FLATMTL_NORM_SEPARATE = 0, /* shared and own parameters each on their own sphere: the paper */
+  FLATMTL_NORM_JOINT = 1     /* one norm a task over both: the authors' Multi-MNIST code */
+} flatmtl_norm;
+
+typedef struct flatmtl_settings {
+  flatmtl_method method;
+  const double *options; /* [num_options], or NULL for the defaults; must outlive its use */
+  int32_t num_options;
+  flatmtl_combination combine;
+  flatmtl_family_scale family_scale;
+  flatmtl_norm norm;
+  double rho_shared; /* radius >= 0 */
+  double rho_task;   /* radius >= 0 */
+  int adaptive;      /* ASAM */
+  double eta;        /* >= 0 */
+} flatmtl_settings;
+
+/* cagrad, decomposed, rms, separate, rho 0.05 and 0.05, not adaptive, eta 0: the Python optimizer's defaults. */
+FLATMTL_API flatmtl_status flatmtl_settings_default(flatmtl_settings *settings, flatmtl_error *error);
+
+/* Coefficients of the update SUM loss_weights[i] g_i + flat_weights[i] f_i.
+ *  gramian_pair  [2K * 2K] as flatmtl_gramian_pair gives it
+ *  perturbed_gramian  [K * K], the Gramian of s; needed for FLATMTL_DIRECT, otherwise ignored and may be NULL
+ *  loss_weights, flat_weights  [K] each, out
+ *  family_status  [2], out, or NULL: FLATMTL_OK or FLATMTL_PARETO_STATIONARY of the loss and of the flat family. direct
+ *                 has one call of A and gives both the same; second and each give the loss family the worst status of
+ *                 all calls and the flat family the same
+ * Randomised methods draw afresh for every call of A: the calls within a step are numbered. Only method, options,
+ * combine and family_scale of settings are used. */
+FLATMTL_API flatmtl_status flatmtl_step_weights(const flatmtl_context *context, const flatmtl_settings *settings,
+                                                int32_t num_tasks, const double *gramian_pair,
+                                                const double *perturbed_gramian, double *loss_weights,
+                                                double *flat_weights, flatmtl_status *family_status,
+                                                flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * The step as a state machine
+ *
+ *   init -> begin -> (perturb i -> restore) for every task i -> finish -> update
+ *
+ * begin also starts the next step. If both radii are 0: begin -> finish -> update, and `perturbed` is not read.
+ */
+
+/* The caller's buffers, K = num_tasks. Arrays and structs must outlive the step; the pointers in them may change
+ * between steps, the shapes may not. Tasks without parameters of their own have num_segments 0. */
+typedef struct flatmtl_problem {
+  int32_t num_tasks;
+  flatmtl_vector shared;             /* theta */
+  flatmtl_vector shared_saved;       /* room for a copy of theta */
+  flatmtl_rows shared_loss;          /* g: K rows, filled before begin */
+  flatmtl_rows shared_perturbed;     /* s: K rows, row i filled after perturb i */
+  const flatmtl_vector *own;         /* [K] psi_i */
+  const flatmtl_vector *own_saved;   /* [K] room for copies */
+  const flatmtl_rows *own_loss;      /* [K] h_i, one row each */
+  const flatmtl_rows *own_perturbed; /* [K] t_i, one row each: the update of psi_i */
+} flatmtl_problem;
+
+typedef struct flatmtl_step flatmtl_step; /* lives in the caller's memory */
+
+/* What a step did; [K] or [K * K] arrays inside the step's memory, valid until the next begin. NAN where undefined. */
+typedef struct flatmtl_record {
+  int32_t num_tasks;
+  const double *norms_loss;   /* [K] ||g_i|| */
+  const double *norms_flat;   /* [K] ||f_i|| */
+  const double *cosine_loss;  /* [K * K] */
+  const double *cosine_flat;  /* [K * K] */
+  const double *weights_loss; /* [K] */
+  const double *weights_flat; /* [K] */
+  flatmtl_status status_loss; /* OK or PARETO_STATIONARY */
+  flatmtl_status status_flat;
+} flatmtl_record;
+
+/* Bytes for a step of num_tasks tasks, its workspace not included. */
+FLATMTL_API flatmtl_status flatmtl_step_size(int32_t num_tasks, size_t *bytes, flatmtl_error *error);
+
+/* Lays a step into memory (aligned to 64 bytes, at least flatmtl_step_size bytes). Keeps problem and settings by
+ * pointer and checks both: shapes, dtypes, overlap, ranges. */
+FLATMTL_API flatmtl_status flatmtl_step_init(void *memory, size_t bytes, const flatmtl_problem *problem,
+                                             const flatmtl_settings *settings, flatmtl_step **step,
+                                             flatmtl_error *error);
+
+/* Reads g and h, saves the parameters. ERROR_NONFINITE names the task whose gradient is not finite; nothing changed. */
+FLATMTL_API flatmtl_status flatmtl_step_begin(flatmtl_step *step, const flatmtl_context *context, flatmtl_error *error);
+
+/* Moves theta and psi_task to the perturbed point of that task; the other heads stand at their saved values. */
+FLATMTL_API flatmtl_status flatmtl_step_perturb(flatmtl_step *step, const flatmtl_context *context, int32_t task,
+                                                flatmtl_error *error);
+
+/* Puts every parameter back, bit for bit. May be called at any time after begin, also to give a step up. */
+FLATMTL_API flatmtl_status flatmtl_step_restore(flatmtl_step *step, const flatmtl_context *context,
+                                                flatmtl_error *error);
+
+/* Reads g, s and t: Gramians and weights. Parameters must be restored and every task perturbed once. Returns
+ * PARETO_STATIONARY if a family is. ERROR_NONFINITE names the task; the step can then only begin again. */
+FLATMTL_API flatmtl_status flatmtl_step_finish(flatmtl_step *step, const flatmtl_context *context,
+                                               flatmtl_error *error);
+
+/* Writes the combined update of theta to out (the shared segment table; may be shared_saved, not the rows). The update
+ * of psi_i is own_perturbed[i] (own_loss[i] if both radii are 0). */
+FLATMTL_API flatmtl_status flatmtl_step_update(flatmtl_step *step, const flatmtl_context *context,
+                                               const flatmtl_vector *out, flatmtl_error *error);
+
+/* The record of the last finish. */
+FLATMTL_API flatmtl_status flatmtl_step_record(const flatmtl_step *step, flatmtl_record *record, flatmtl_error *error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* FLATMTL_H */
