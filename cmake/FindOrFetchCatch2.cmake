@@ -1,0 +1,66 @@
+# Defines the target flatmtl_catch2 (Catch2 v3, or v2.13, whichever is at hand) and FLATMTL_CATCH2_HAS_MAIN (v3 alone has
+# its main() in a library). In order: the installed Catch2; the Debian or Ubuntu package, unpacked into the build directory
+# without root; Catch2's repository at a pinned commit.
+
+# Debian: downloads and unpacks the package catch2; OUT is its usr/ directory, or empty where that does not work.
+function(_flatmtl_unpack_catch2 OUT)
+  set(${OUT} "" PARENT_SCOPE)
+  set(_dir "${CMAKE_BINARY_DIR}/catch2-deb")
+  if(NOT EXISTS "${_dir}/usr/include/catch2")
+    find_program(FLATMTL_APT_GET apt-get)
+    find_program(FLATMTL_DPKG dpkg)
+    mark_as_advanced(FLATMTL_APT_GET FLATMTL_DPKG)
+    if(NOT FLATMTL_APT_GET OR NOT FLATMTL_DPKG)
+      return()
+    endif()
+    message(STATUS "Catch2: fetching the distribution's package into ${_dir}")
+    file(MAKE_DIRECTORY "${_dir}/state/lists/partial" "${_dir}/cache/archives/partial")
+    set(_run ${CMAKE_COMMAND} -E chdir "${_dir}" ${FLATMTL_APT_GET} -qq)
+    execute_process(COMMAND ${_run} download catch2 RESULT_VARIABLE _failed OUTPUT_QUIET ERROR_QUIET)
+    if(_failed) # no package lists on this machine, or stale ones: fetch them into the build directory
+      list(APPEND _run -o "Dir::State=${_dir}/state" -o "Dir::Cache=${_dir}/cache" -o Debug::NoLocking=1)
+      execute_process(COMMAND ${_run} update OUTPUT_QUIET ERROR_QUIET)
+      execute_process(COMMAND ${_run} download catch2 RESULT_VARIABLE _failed OUTPUT_QUIET ERROR_QUIET)
+    endif()
+    file(GLOB _deb "${_dir}/catch2_*.deb")
+    if(_failed OR NOT _deb)
+      return()
+    endif()
+    list(GET _deb 0 _deb)
+    execute_process(COMMAND "${FLATMTL_DPKG}" -x "${_deb}" "${_dir}" RESULT_VARIABLE _failed)
+    if(_failed)
+      return()
+    endif()
+  endif()
+  set(${OUT} "${_dir}/usr" PARENT_SCOPE)
+endfunction()
+
+if(NOT FLATMTL_FETCH_CATCH2) # for trying out the last resort
+  find_package(Catch2 QUIET)
+  if(NOT Catch2_FOUND)
+    _flatmtl_unpack_catch2(_catch2)
+    if(_catch2)
+      find_package(Catch2 QUIET PATHS "${_catch2}" NO_DEFAULT_PATH)
+    endif()
+  endif()
+endif()
+
+add_library(flatmtl_catch2 INTERFACE)
+if(Catch2_FOUND AND TARGET Catch2::Catch2WithMain)
+  set(FLATMTL_CATCH2_HAS_MAIN ON)
+  target_link_libraries(flatmtl_catch2 INTERFACE Catch2::Catch2WithMain)
+elseif(Catch2_FOUND)
+  set(FLATMTL_CATCH2_HAS_MAIN OFF)
+  target_link_libraries(flatmtl_catch2 INTERFACE Catch2::Catch2)
+else()
+  include(FetchContent)
+  message(STATUS "Catch2: fetching its repository")
+  FetchContent_Declare(Catch2 GIT_REPOSITORY https://github.com/catchorg/Catch2.git
+    GIT_TAG 182c910b4b63ff587a3440e08f84f70497e49a81 # v2.13.10
+    SOURCE_SUBDIR headers-only) # no such directory: the single header is all that is used
+  FetchContent_MakeAvailable(Catch2)
+  set(Catch2_VERSION 2.13.10)
+  set(FLATMTL_CATCH2_HAS_MAIN OFF)
+  target_include_directories(flatmtl_catch2 SYSTEM INTERFACE "${catch2_SOURCE_DIR}/single_include")
+endif()
+message(STATUS "Catch2 ${Catch2_VERSION}")

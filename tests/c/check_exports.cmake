@@ -1,0 +1,37 @@
+# cmake -DNM=nm -DLIBRARY=libflatmtl.so -DHEADER=flatmtl.h -P check_exports.cmake
+# Fails unless the library's exported symbols are exactly the functions that the header declares.
+
+file(READ "${HEADER}" _text)
+string(REGEX REPLACE "/\\*([^*]|\\*+[^*/])*\\*+/" "" _text "${_text}") # comments
+string(REGEX MATCHALL "FLATMTL_API [^;(]*flatmtl_[a-z0-9_]+\\(" _found "${_text}")
+set(_declared "")
+foreach(_declaration IN LISTS _found)
+  string(REGEX MATCH "(flatmtl_[a-z0-9_]+)\\($" _ "${_declaration}")
+  list(APPEND _declared "${CMAKE_MATCH_1}")
+endforeach()
+list(LENGTH _declared _count)
+if(_count LESS 10)
+  message(FATAL_ERROR "only ${_count} declarations found in ${HEADER}: is this check out of date?")
+endif()
+
+execute_process(COMMAND "${NM}" -D --defined-only --no-weak "${LIBRARY}" OUTPUT_VARIABLE _text RESULT_VARIABLE _failed)
+if(_failed)
+  execute_process(COMMAND "${NM}" -D --defined-only "${LIBRARY}" OUTPUT_VARIABLE _text COMMAND_ERROR_IS_FATAL ANY)
+endif()
+string(REGEX MATCHALL "[^\n]+" _lines "${_text}")
+set(_exported "")
+foreach(_line IN LISTS _lines)
+  # "0000000000001234 T name@@FLATMTL_0.1"; the version itself is an absolute symbol (A)
+  if(_line MATCHES " ([B-Z]) ([^ @]+)")
+    list(APPEND _exported "${CMAKE_MATCH_2}")
+  endif()
+endforeach()
+
+set(_missing ${_declared})
+list(REMOVE_ITEM _missing ${_exported})
+set(_extra ${_exported})
+list(REMOVE_ITEM _extra ${_declared})
+if(_missing OR _extra)
+  message(FATAL_ERROR "${LIBRARY}\n  declared but not exported: ${_missing}\n  exported but not declared: ${_extra}")
+endif()
+message(STATUS "${_count} functions, all exported, and nothing else")
