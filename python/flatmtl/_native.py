@@ -1,0 +1,145 @@
+"""The arithmetic on parameters and gradients by the C core: CPU tensors of float32, float64, bfloat16 or float16.
+
+Same functions as `_generic`, which takes any device. Rows are K lists of T tensors, all of one dtype; results of the size
+of K are CPU float64 tensors. Nothing is copied unless tensors lie in memory in an order of their own (an expanded or
+sliced gradient, say): those, and only those, are brought into the order of the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import _ops  # noqa: F401  (loads the ops)
+
+Row = Sequence[Tensor]
+Rows = Sequence[Row]
+
+ops = torch.ops.flatmtl
+
+
+@torch.no_grad()
+def gramian(rows: Rows) -> Tensor:
+    """G_ij = <x_i, x_j>, (K, K). Inf and NaN in the rows show in the result."""
+    return _read([*rows], lambda rows: ops.gramian(_flat(rows), len(rows)))
+
+
+@torch.no_grad()
+def gramian_pair(loss_rows: Rows, perturbed_rows: Rows) -> Tensor:
+    """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K)."""
+    count = len(loss_rows)
+    return _read(
+        [*loss_rows, *perturbed_rows],
+        lambda rows: ops.gramian_pair(_flat(rows[:count]), _flat(rows[count:]), count),
+    )
+
+
+@torch.no_grad()
+def sq_norms(rows: Rows, params: Row | None = None, eta: float = 0.0) -> Tensor:
+    """Squared norms (K,); with params those of (|params| + eta) x (ASAM)."""
+    count = len(rows)
+    return _read(
+        [*rows] if params is None else [*rows, params],
+        lambda all_rows: ops.sq_norms(_flat(all_rows[:count]), count, _flat(all_rows[count:]), eta),
+    )
+
+
+@torch.no_grad()
+def perturb_(params: Row, saved: Row, grads: Row, scale: Sequence[float], adaptive: bool, eta: float) -> None:
+    """params[t] = saved[t] + scale[t] * T^2 * grads[t], T = 1, or |saved[t]| + eta if adaptive."""
+    _write(
+        params, [saved, grads], lambda out, rows: ops.perturb_(list(out), rows[0], rows[1], list(scale), adaptive, eta)
+    )
+
+
+@torch.no_grad()
+def copy_(to: Row, from_: Row) -> None:
+    """to[t] = from_[t], bit for bit."""
+    _write(to, [from_], lambda out, rows: ops.copy_(list(out), rows[0]))
+
+
+@torch.no_grad()
+def combine_(out: Row, rows: Rows, weights: Tensor) -> None:
+    """out[t] = SUM_i weights[i] rows[i][t]."""
+    weights = _weights(weights)
+    _write(out, [*rows], lambda out, rows: ops.combine_(list(out), _flat(rows), len(rows), weights))
+
+
+@torch.no_grad()
+def combine_pair_(out: Row, loss_rows: Rows, perturbed_rows: Rows, loss_weights: Tensor, flat_weights: Tensor) -> None:
+    """out[t] = SUM_i loss_weights[i] g_i[t] + flat_weights[i] (s_i - g_i)[t]."""
+    count, a, b = len(loss_rows), _weights(loss_weights), _weights(flat_weights)
+    _write(
+        out,
+        [*loss_rows, *perturbed_rows],
+        lambda out, rows: ops.combine_pair_(list(out), _flat(rows[:count]), _flat(rows[count:]), count, a, b),
+    )
+
+
+def _flat(rows: Rows) -> list[Tensor]:
+    if any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"rows have different numbers of tensors: {[len(row) for row in rows]}")
+    return [tensor for row in rows for tensor in row]
+
+
+def _weights(weights: Tensor) -> Tensor:
+    return weights.to("cpu", torch.float64).contiguous()
+
+
+def _read(rows: list[Row], call: Callable[[list[Row]], Tensor]) -> Tensor:
+    """Calls an op; where it refuses the tensors, once more with their layouts made equal, if that is what was wrong."""
+    try:
+        return call(rows)
+    except RuntimeError:
+        fitted = _fitted(rows, _order(rows[0])) if rows else rows
+        if fitted is rows:
+            raise
+    return call(fitted)
+
+
+def _write(out: Row, rows: list[Row], call: Callable[[Row, list[Row]], Any]) -> None:
+    """As `_read`, for an op that overwrites the whole of `out`, and does not touch it before it has checked everything."""
+    dense = list(out)
+    try:
+        call(dense, rows)
+    except RuntimeError:
+        order = _order(out)
+        dense = [o if like is None or o.stride() == like.stride() else _new(like, o) for o, like in zip(out, order)]
+        fitted = _fitted(rows, order)
+        if fitted is rows and all(a is b for a, b in zip(dense, out)):
+            raise
+        call(dense, fitted)
+    for target, result in zip(out, dense):
+        if target is not result:
+            target.copy_(result)
+    increment_version(list(out))
+
+
+def _order(row: Row) -> list[Tensor | None]:
+    """Tensors without memory of the shapes of a row and strides that leave no gaps; None for sparse tensors."""
+    return [torch.empty_like(t, device="meta") if t.layout == torch.strided else None for t in row]
+
+
+def _new(like: Tensor, tensor: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype)
+
+
+def _fitted(rows: list[Row], order: list[Tensor | None]) -> list[Row]:
+    """The rows with the strides of `order`; `rows` itself if there is nothing to change."""
+    fitted: list[Row] = []
+    for row in rows:
+        if len(row) != len(order):
+            return rows
+        fitted.append([_fit(tensor, like) for tensor, like in zip(row, order)])
+    changed = any(a is not b for old, new in zip(rows, fitted) for a, b in zip(old, new))
+    return fitted if changed else rows
+
+
+def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
+    if like is None or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.shape != like.shape:
+        return tensor
+    return tensor if tensor.stride() == like.stride() else _new(like, tensor).copy_(tensor)

@@ -1,0 +1,152 @@
+"""Loads the shared object `_C` (the C core and its torch ops `torch.ops.flatmtl.*`) and describes the ops to torch."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MINIMUM_TORCH = (2, 10)
+
+
+def find_library() -> Path:
+    """Where the shared object is: `FLATMTL_LIBRARY`, else next to this file, else where an editable install put it."""
+    if path := os.environ.get("FLATMTL_LIBRARY"):
+        if not Path(path).is_file():
+            raise ImportError(f"flatmtl: there is no file {path}, which the environment variable FLATMTL_LIBRARY names")
+        return Path(path)
+    here = Path(__file__).parent / "_C.so"
+    if here.is_file():
+        return here
+    spec = importlib.util.find_spec(f"{__package__}._C")
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise ImportError(
+            f"flatmtl: its compiled part {here} is missing. Run `pip install .` in flatmtl's source directory (`make` "
+            "builds it without installing), or name a built _C.so in the environment variable FLATMTL_LIBRARY"
+        )
+    return Path(spec.origin)
+
+
+def check_torch(version: str = torch.__version__) -> None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) < MINIMUM_TORCH:
+        raise ImportError(
+            f"flatmtl needs torch >= {MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}; torch {version} is installed in "
+            f"{Path(torch.__file__).parent}. Run `pip install --upgrade torch`"
+        )
+
+
+def _load() -> tuple[Path, ctypes.CDLL]:
+    check_torch()
+    path = find_library()
+    try:
+        torch.ops.load_library(str(path))
+        return path, ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ImportError(
+            f"flatmtl: {path} could not be loaded into torch {torch.__version__}: {error}. Build it again with "
+            "`pip install --force-reinstall --no-deps .` in flatmtl's source directory"
+        ) from error
+
+
+LIBRARY_PATH, core = _load()
+core.flatmtl_method_name.restype = ctypes.c_char_p
+core.flatmtl_version.restype = ctypes.c_char_p
+core.flatmtl_isa.restype = ctypes.c_char_p
+
+
+def _method_numbers() -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    while (name := core.flatmtl_method_name(len(numbers))) is not None:
+        numbers[name.decode()] = len(numbers)
+    return numbers
+
+
+# Numbers of the enums in flatmtl.h.
+METHODS = _method_numbers()
+COMBINE = {"decomposed": 0, "direct": 1, "second": 2, "each": 3}
+FAMILY_SCALE = {None: 0, "none": 0, "rms": 1}
+PARETO_STATIONARY = 1
+
+
+def isa() -> str:
+    """The instruction set that the C core uses: "base", "avx2", "avx512" or "neon"."""
+    return core.flatmtl_isa().decode()
+
+
+# Fake kernels: dtypes and shapes of the results, for torch.compile, torch.export and meta tensors. The ops that change
+# their arguments return nothing, and have nothing to say.
+
+fake = torch.library.register_fake
+
+
+def _doubles(like: Tensor | None, *size: int | torch.SymInt) -> Tensor:
+    if like is None:
+        return torch.empty(size, dtype=torch.float64)
+    return like.new_empty(size, dtype=torch.float64)
+
+
+def _first(*lists: Sequence[Tensor]) -> Tensor | None:
+    return next((tensors[0] for tensors in lists if tensors), None)
+
+
+@fake("flatmtl::gramian")
+def _(rows: list[Tensor], num_tasks: int) -> Tensor:
+    return _doubles(_first(rows), num_tasks, num_tasks)
+
+
+@fake("flatmtl::gramian_pair")
+def _(loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int) -> Tensor:
+    return _doubles(_first(loss_rows), 2 * num_tasks, 2 * num_tasks)
+
+
+@fake("flatmtl::sq_norms")
+def _(rows: list[Tensor], num_tasks: int, params: list[Tensor], eta: float) -> Tensor:
+    return _doubles(_first(rows), num_tasks)
+
+
+@fake("flatmtl::weights")
+def _(gramian: Tensor, method: int, options: list[float]) -> Tensor:
+    return _doubles(gramian, gramian.shape[0])
+
+
+@fake("flatmtl::step_weights")
+def _(
+    gramian_pair: Tensor, perturbed_gramian: Tensor | None, method: int, options: list[float], combine: int,
+    family_scale: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tasks = gramian_pair.shape[0] // 2
+    status = gramian_pair.new_empty((2,), dtype=torch.int64)
+    return _doubles(gramian_pair, tasks), _doubles(gramian_pair, tasks), status
+
+
+@fake("flatmtl::aggregate")
+def _(rows: list[Tensor], num_tasks: int, method: int, options: list[float]) -> list[Tensor]:
+    return [torch.empty_like(segment) for segment in rows[: len(rows) // num_tasks]]
+
+
+@fake("flatmtl::perturb_")
+def _(
+    params: list[Tensor], saved: list[Tensor], grads: list[Tensor], scale: list[float], adaptive: bool, eta: float
+) -> None: ...
+
+
+@fake("flatmtl::copy_")
+def _(to: list[Tensor], source: list[Tensor]) -> None: ...
+
+
+@fake("flatmtl::combine_")
+def _(out: list[Tensor], rows: list[Tensor], num_tasks: int, weights: Tensor) -> None: ...
+
+
+@fake("flatmtl::combine_pair_")
+def _(
+    out: list[Tensor], loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_weights: Tensor,
+    flat_weights: Tensor,
+) -> None: ...  # fmt: skip

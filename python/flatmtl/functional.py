@@ -1,0 +1,178 @@
+"""The pieces of a step as functions: Gramian, weights, aggregation.
+
+`rows` is a K x P tensor, or a sequence of K sequences of T tensors (`[torch.autograd.grad(loss, params) for loss in losses]`):
+float32, float64, bfloat16 or float16, all of one dtype, device and, tensor by tensor, shape. Nothing is concatenated. CPU
+tensors are read where they lie by the C core, those of other devices by torch's own operations on the device; the
+K x K solves are done on the CPU. Sums are accumulated in float64.
+
+The functions are not differentiable: outside `torch.no_grad()` they refuse tensors that require grad.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _generic, _native
+from .aggregators import Aggregator, get_aggregator
+
+Rows = Tensor | Sequence[Sequence[Tensor]]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def gramian(rows: Rows) -> Tensor:
+    """Inner products of the rows, G_ij = <x_i, x_j>.
+
+    Args:
+        rows: a K x P tensor, or a sequence of K sequences of tensors.
+
+    Returns:
+        (K, K), float64, on the CPU. Inf and NaN in a row show in the result.
+
+    Raises:
+        ValueError, TypeError: rows that do not fit together; the message names the first.
+        RuntimeError: a tensor requires grad and grad mode is on.
+    """
+    matrix = _read_rows("gramian", rows)
+    return _backend(matrix).gramian(matrix)
+
+
+def weights(gramian: Tensor, method: str | Aggregator, *, draw: int = 0, **options: Any) -> Tensor:
+    """Weights of an aggregator, w(G).
+
+    Args:
+        gramian: (K, K) symmetric, positive semidefinite; the lower triangle is read. Any float dtype and device.
+        method: a name ("mgda"), with its options as keywords, or an object (`flatmtl.CAGrad(c=0.2)`).
+        draw: number of the draw, for methods that draw (PCGrad).
+
+    Returns:
+        (K,), float64, on the CPU. All 0 where the method has no finite solution (the rows are Pareto-stationary).
+
+    Raises:
+        ValueError, TypeError: not a K x K matrix; unknown method or option.
+        RuntimeError: the Gramian holds Inf or NaN (the message names the row), or requires grad in grad mode.
+    """
+    aggregator = get_aggregator(method, **options)
+    gramian = torch.as_tensor(gramian)
+    if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+        raise ValueError(f"flatmtl.weights: gramian has shape {tuple(gramian.shape)}; it must be K x K with K >= 1")
+    if not gramian.is_floating_point():
+        raise TypeError(f"flatmtl.weights: gramian is {gramian.dtype}; it must be a float dtype")
+    _check_no_grad("weights", "gramian", gramian)
+    return _weights(gramian, aggregator, draw)
+
+
+def aggregate(
+    rows: Rows, method: str | Aggregator, *, draw: int = 0, **options: Any
+) -> Tensor | list[Tensor]:  # fmt: skip
+    """The update of an aggregator, SUM_i w_i x_i with w = w(G).
+
+    Args:
+        rows: a K x P tensor, or a sequence of K sequences of tensors.
+        method, draw, options: as for `weights`.
+
+    Returns:
+        A P-vector, or a list shaped like one row, in the rows' dtype and on their device.
+
+    Raises:
+        ValueError, TypeError: as `gramian` and `weights`.
+        RuntimeError: a row holds Inf or NaN (the message names it), or a tensor requires grad and grad mode is on.
+    """
+    aggregator = get_aggregator(method, **options)
+    matrix = _read_rows("aggregate", rows)
+    backend = _backend(matrix)
+    products = backend.gramian(matrix)
+    for i, square in enumerate(products.diagonal().tolist()):
+        if not math.isfinite(square):
+            raise RuntimeError(f"flatmtl.aggregate: rows[{i}] holds Inf or NaN (its squared norm is {square})")
+    values = _weights(products, aggregator, draw)
+    with torch.no_grad():
+        out = [torch.empty_like(tensor) for tensor in matrix[0]]
+    backend.combine_(out, matrix, values)
+    return out[0] if isinstance(rows, Tensor) else out
+
+
+def _weights(gramian: Tensor, aggregator: Aggregator, draw: int) -> Tensor:
+    with torch.no_grad():
+        gramian = gramian.to("cpu", torch.float64).contiguous()
+        options = aggregator.option_values(len(gramian), draw=draw)
+        return torch.ops.flatmtl.weights(gramian, aggregator.number, options)
+
+
+def _backend(matrix: list[list[Tensor]]) -> ModuleType:
+    on_cpu = not matrix[0] or matrix[0][0].device.type == "cpu"
+    return _native if on_cpu else _generic
+
+
+def _check_no_grad(function: str, name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"flatmtl.{function}: {name} requires grad, and the result would not be differentiable. Call it under "
+            "torch.no_grad(), or detach the tensors"
+        )
+
+
+def _read_rows(function: str, rows: Rows) -> list[list[Tensor]]:
+    """The rows as K lists of T tensors that fit together."""
+    if isinstance(rows, Tensor):
+        if rows.dim() != 2 or len(rows) == 0:
+            raise ValueError(
+                f"flatmtl.{function}: rows has shape {tuple(rows.shape)}; it must be K x P with K >= 1, or a sequence of "
+                "K sequences of tensors"
+            )
+        _check_no_grad(function, "rows", rows)
+        matrix = [[row] for row in rows.detach()]
+    else:
+        matrix = [_read_row(function, i, row) for i, row in enumerate(rows)]
+        if not matrix:
+            raise ValueError(f"flatmtl.{function}: rows is empty; it must hold at least one row")
+    for i, row in enumerate(matrix):
+        if len(row) != len(matrix[0]):
+            raise ValueError(
+                f"flatmtl.{function}: rows[{i}] has {len(row)} tensors, rows[0] has {len(matrix[0])}"
+            )
+        for t, tensor in enumerate(row):
+            _check_tensor(function, f"rows[{i}][{t}]", tensor, f"rows[0][{t}]", matrix[0][t], matrix[0][0])
+    return matrix
+
+
+def _read_row(function: str, i: int, row: Sequence[Tensor]) -> list[Tensor]:
+    if isinstance(row, Tensor):
+        raise TypeError(
+            f"flatmtl.{function}: rows[{i}] is a tensor; it must be a sequence of tensors. Pass torch.stack(rows) or "
+            "[[row] for row in rows]"
+        )
+    tensors = list(row)
+    for t, tensor in enumerate(tensors):
+        if tensor is None:
+            raise TypeError(
+                f"flatmtl.{function}: rows[{i}][{t}] is None, a gradient that the loss does not reach; pass zeros "
+                "(torch.autograd.grad has materialize_grads=True)"
+            )
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"flatmtl.{function}: rows[{i}][{t}] is of type {type(tensor).__name__}, not a tensor")
+    return tensors
+
+
+def _check_tensor(function: str, name: str, tensor: Tensor, other: str, expected: Tensor, first: Tensor) -> None:
+    _check_no_grad(function, name, tensor)
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"flatmtl.{function}: {name} is {tensor.dtype}; float32, float64, bfloat16 and float16 work")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"flatmtl.{function}: {name} is sparse ({tensor.layout}); convert it with to_dense()")
+    if tensor.dtype != first.dtype:
+        raise TypeError(f"flatmtl.{function}: {name} is {tensor.dtype}, rows[0][0] is {first.dtype}")
+    if tensor.device != first.device:
+        raise ValueError(f"flatmtl.{function}: {name} is on {tensor.device}, rows[0][0] on {first.device}")
+    if tensor.shape != expected.shape:
+        if tensor.numel() != expected.numel():
+            what = f"has {tensor.numel()} elements, {other} has {expected.numel()}"
+        else:
+            what = f"has shape {tuple(tensor.shape)}, {other} has {tuple(expected.shape)}"
+        raise ValueError(f"flatmtl.{function}: {name} {what}")
