@@ -165,12 +165,12 @@ void perturb_(const Tensors &params, const Tensors &saved, const Tensors &grads,
                 error);
 }
 
-void copy_(const Tensors &to, const Tensors &from) {
+void copy_(const Tensors &to, const Tensors &source) {
   const char *op = "copy_";
   Context context(op, 1);
   Segments segments(op);
   const Vector out(segments, "to", to);
-  const Rows in(segments, "from", from);
+  const Rows in(segments, "source", source);
   flatmtl_error error{};
   context.check(flatmtl_copy(context.get(), out.get(), in.get(), &error), error);
 }
@@ -214,7 +214,7 @@ STABLE_TORCH_LIBRARY(flatmtl, m) {
       "int family_scale) -> (Tensor, Tensor, Tensor)");
   m.def("aggregate(Tensor[] rows, int num_tasks, int method, float[] options) -> Tensor[]");
   m.def("perturb_(Tensor(a!)[] params, Tensor[] saved, Tensor[] grads, float[] scale, bool adaptive, float eta) -> ()");
-  m.def("copy_(Tensor(a!)[] to, Tensor[] from) -> ()");
+  m.def("copy_(Tensor(a!)[] to, Tensor[] source) -> ()");
   m.def("combine_(Tensor(a!)[] out, Tensor[] rows, int num_tasks, Tensor weights) -> ()");
   m.def(
       "combine_pair_(Tensor(a!)[] out, Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, "

@@ -1,7 +1,7 @@
 """The arithmetic on parameters and gradients by torch's own operations: any device, dtype and layout.
 
-Same functions as `_native`. Inner products and sums are accumulated in float64, of one piece of at most `PIECE` numbers a
-row at a time, so that no copy of a whole row is made. Devices without float64 (MPS) work in float32, with a warning: the
+Same functions as `_native`. Inner products and sums are accumulated in float64, piece by piece of about `PIECE` numbers
+a row, so that no copy of a whole row is made. Devices without float64 (MPS) work in float32, with a warning: the
 Gramian then has the accuracy of float32.
 """
 
@@ -118,7 +118,7 @@ def _flat_gradient(g: Tensor, s: Tensor) -> Tensor:
 
 
 def _pieces(rows: Rows) -> Iterator[list[Tensor]]:
-    """Views of the same piece of every row, piece by piece: slices of the first dimension, so that strides do not matter."""
+    """Views of the same piece of every row: slices of the first dimension, so that strides do not matter."""
     for segments in zip(*rows, strict=True):
         views = [x.reshape(1) if x.dim() == 0 else x for x in segments]
         size, numel = views[0].shape[0], views[0].numel()

@@ -1,8 +1,8 @@
 """The arithmetic on parameters and gradients by the C core: CPU tensors of float32, float64, bfloat16 or float16.
 
-Same functions as `_generic`, which takes any device. Rows are K lists of T tensors, all of one dtype; results of the size
-of K are CPU float64 tensors. Nothing is copied unless tensors lie in memory in an order of their own (an expanded or
-sliced gradient, say): those, and only those, are brought into the order of the first one.
+Same functions as `_generic`, which takes any device. Rows are K lists of T tensors, all of one dtype; results of the
+size of K are CPU float64 tensors. Nothing is copied unless tensors lie in memory in an order of their own (an expanded
+or sliced gradient, say): those, and only those, are brought into the order of the first one.
 """
 
 from __future__ import annotations
@@ -102,18 +102,18 @@ def _read(rows: list[Row], call: Callable[[list[Row]], Tensor]) -> Tensor:
 
 
 def _write(out: Row, rows: list[Row], call: Callable[[Row, list[Row]], Any]) -> None:
-    """As `_read`, for an op that overwrites the whole of `out`, and does not touch it before it has checked everything."""
+    """As `_read`, for an op that overwrites the whole of `out`, and checks everything before it touches it."""
     dense = list(out)
     try:
         call(dense, rows)
     except RuntimeError:
         order = _order(out)
-        dense = [o if like is None or o.stride() == like.stride() else _new(like, o) for o, like in zip(out, order)]
+        dense = [_fit(target, like, copy=False) for target, like in zip(out, order, strict=True)]
         fitted = _fitted(rows, order)
-        if fitted is rows and all(a is b for a, b in zip(dense, out)):
+        if fitted is rows and _same(dense, out):
             raise
         call(dense, fitted)
-    for target, result in zip(out, dense):
+    for target, result in zip(out, dense, strict=True):
         if target is not result:
             target.copy_(result)
     increment_version(list(out))
@@ -124,22 +124,25 @@ def _order(row: Row) -> list[Tensor | None]:
     return [torch.empty_like(t, device="meta") if t.layout == torch.strided else None for t in row]
 
 
-def _new(like: Tensor, tensor: Tensor) -> Tensor:
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype)
-
-
 def _fitted(rows: list[Row], order: list[Tensor | None]) -> list[Row]:
     """The rows with the strides of `order`; `rows` itself if there is nothing to change."""
     fitted: list[Row] = []
     for row in rows:
         if len(row) != len(order):
             return rows
-        fitted.append([_fit(tensor, like) for tensor, like in zip(row, order)])
-    changed = any(a is not b for old, new in zip(rows, fitted) for a, b in zip(old, new))
-    return fitted if changed else rows
+        fitted.append([_fit(tensor, like) for tensor, like in zip(row, order, strict=True)])
+    return rows if all(map(_same, rows, fitted)) else fitted
 
 
-def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
+def _fit(tensor: Tensor, like: Tensor | None, copy: bool = True) -> Tensor:
+    """The tensor, or a new one with the strides of `like` if it has others; untouched where it is wrong otherwise."""
     if like is None or tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.shape != like.shape:
         return tensor
-    return tensor if tensor.stride() == like.stride() else _new(like, tensor).copy_(tensor)
+    if tensor.stride() == like.stride():
+        return tensor
+    new = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype)
+    return new.copy_(tensor) if copy else new
+
+
+def _same(a: Row, b: Row) -> bool:
+    return all(x is y for x, y in zip(a, b, strict=True))

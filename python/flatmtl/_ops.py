@@ -6,8 +6,9 @@ import ctypes
 import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def _load() -> tuple[Path, ctypes.CDLL]:
     check_torch()
     path = find_library()
     try:
-        torch.ops.load_library(str(path))
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
         return path, ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(
@@ -77,13 +78,18 @@ PARETO_STATIONARY = 1
 
 def isa() -> str:
     """The instruction set that the C core uses: "base", "avx2", "avx512" or "neon"."""
-    return core.flatmtl_isa().decode()
+    return str(core.flatmtl_isa().decode())
 
 
 # Fake kernels: dtypes and shapes of the results, for torch.compile, torch.export and meta tensors. The ops that change
 # their arguments return nothing, and have nothing to say.
 
-fake = torch.library.register_fake
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def fake(name: str) -> Callable[[Function], Function]:
+    register: Callable[[Function], Function] = torch.library.register_fake(name)
+    return register
 
 
 def _doubles(like: Tensor | None, *size: int | torch.SymInt) -> Tensor:

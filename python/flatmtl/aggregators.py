@@ -1,13 +1,14 @@
 """Aggregators: methods that turn the gradients of K tasks into one update, SUM_i w_i g_i with weights w = w(G) that
 depend on the gradients through their Gramian G_ij = <g_i, g_j> alone.
 
-An aggregator is an immutable value: its options, and nothing else. `FlatMTL(optimizer, aggregator=CAGrad(c=0.2))` uses it
-in training; `CAGrad(c=0.2)(rows)` aggregates the rows of a matrix; `CAGrad(c=0.2).weights(gramian)` gives w. The solves
-are in the C core, exact and in float64.
+An aggregator is an immutable value: its options, and nothing else. `FlatMTL(optimizer, aggregator=CAGrad(c=0.2))`
+uses it in training; `CAGrad(c=0.2)(rows)` aggregates the rows of a matrix; `CAGrad(c=0.2).weights(gramian)` gives w.
+The solves are in the C core, exact and in float64.
 
 In the docstrings, d_i = ||g_i||. *Invariant* says what happens to the update if one task's gradient is multiplied by a
-positive number. *Non-conflicting* methods never give an update with a negative inner product with some g_i. Costs are those of
-the solve, beside one pass over the gradients for the Gramian (K (K + 1) / 2 inner products) and one for the sum.
+positive number. *Non-conflicting* methods never give an update with a negative inner product with some g_i. Costs are
+those of the solve, beside one pass over the gradients for the Gramian, K (K + 1) / 2 inner products, and one for the
+sum.
 """
 
 from __future__ import annotations
@@ -185,8 +186,8 @@ class CAGrad(Aggregator):
 class IMTLG(Aggregator):
     """Impartial multi-task learning, the gradient part: equal projections of the update onto the tasks' directions.
 
-    (Gw)_i / d_i equal for all i, SUM w = 1: w = G^+ d / (1' G^+ d). Weights can be negative. Zero gradients get weight 0; where
-    1' G^+ d = 0 there is no solution and all weights are 0 ("Pareto-stationary").
+    (Gw)_i / d_i equal for all i, SUM w = 1: w = G^+ d / (1' G^+ d). Weights can be negative. Zero gradients get
+    weight 0; where 1' G^+ d = 0 there is no solution and all weights are 0 ("Pareto-stationary").
 
     No options. Cost: an eigendecomposition, O(K^3). The direction is invariant, the length is not. Projections are all
     of one sign: non-conflicting unless 1' G^+ d is negative.
@@ -201,12 +202,12 @@ class IMTLG(Aggregator):
 class NashMTL(Aggregator):
     """Nash bargaining: the update that maximises the sum of the logarithms of the tasks' improvements.
 
-    G w = 1/w (element by element), w > 0: the exact root, by Newton's method. ||update|| = sqrt(K) always; inside `FlatMTL`,
-    family_scale="rms" restores the scale of the gradients. Zero gradients get weight 0; where a non-negative combination
-    of gradients vanishes there is no solution and all weights are 0 ("Pareto-stationary").
+    G w = 1/w (element by element), w > 0: the exact root, by Newton's method. ||update|| = sqrt(K) always; inside
+    `FlatMTL`, family_scale="rms" restores the scale of the gradients. Zero gradients get weight 0; where a non-negative
+    combination of gradients vanishes there is no solution and all weights are 0 ("Pareto-stationary").
 
-    No options: the paper's number of iterations and its reuse of old weights have no place in an exact solve. Cost: about ten O(K^3).
-    Invariant. Non-conflicting.
+    No options: the paper's iterations and its reuse of old weights have no place in an exact solve. Cost: about ten
+    O(K^3). Invariant. Non-conflicting.
 
     Navon et al., Multi-Task Learning as a Bargaining Game, arXiv 2202.01017.
     """
@@ -219,9 +220,9 @@ class FairGrad(Aggregator):
     """alpha-fair improvements: the update that maximises SUM_i <g_i, u>^(1 - alpha) / (1 - alpha).
 
     G w = w^(-1/alpha) (element by element), w > 0: the exact root, by Newton's method. Homogeneous of degree
-    (1 - alpha) / (1 + alpha): for alpha > 1 the update grows as gradients shrink; inside `FlatMTL`, family_scale="rms" makes it
-    degree 1. Not multiplied by K, unlike the authors' code. Zero gradients get weight 0; where a non-negative combination
-    of gradients vanishes there is no solution and all weights are 0 ("Pareto-stationary").
+    (1 - alpha) / (1 + alpha): for alpha > 1 the update grows as gradients shrink; inside `FlatMTL`, family_scale="rms"
+    makes it degree 1. Not multiplied by K, unlike the authors' code. Zero gradients get weight 0; where a non-negative
+    combination of gradients vanishes there is no solution and all weights are 0 ("Pareto-stationary").
 
     Option: alpha = 2 > 0, as in the authors' runs; 1 is Nash-MTL, towards infinity max-min. Cost: about ten O(K^3).
     Invariant for alpha = 1 only. Non-conflicting.
@@ -255,9 +256,7 @@ def get_aggregator(aggregator: str | Aggregator, **options: Any) -> Aggregator:
             raise TypeError(f"options {_quoted(options)} beside the object {aggregator!r}, which has its own")
         return aggregator
     if not isinstance(aggregator, str):
-        if isinstance(aggregator, type) and issubclass(aggregator, Aggregator):
-            raise TypeError(f"{aggregator.__name__} is a class; pass an object: {aggregator.__name__}(...)")
-        raise TypeError(f"an aggregator is a name or an object like CAGrad(c=0.4), not {aggregator!r}")
+        raise TypeError(f"an aggregator is a name, or an object like CAGrad(c=0.4), not {aggregator!r}")
     cls = AGGREGATORS.get(aggregator)
     if cls is None:
         close = difflib.get_close_matches(aggregator.lower(), AGGREGATORS, n=1)

@@ -1,9 +1,10 @@
 """The pieces of a step as functions: Gramian, weights, aggregation.
 
-`rows` is a K x P tensor, or a sequence of K sequences of T tensors (`[torch.autograd.grad(loss, params) for loss in losses]`):
-float32, float64, bfloat16 or float16, all of one dtype, device and, tensor by tensor, shape. Nothing is concatenated. CPU
-tensors are read where they lie by the C core, those of other devices by torch's own operations on the device; the
-K x K solves are done on the CPU. Sums are accumulated in float64.
+`rows` is a K x P tensor, or a sequence of K sequences of T tensors (`[autograd.grad(l, params) for l in losses]`):
+float32, float64, bfloat16 or float16, all of one dtype, device and, tensor by tensor, shape. Nothing is concatenated.
+CPU tensors are read where they lie by the C core (those whose elements lie in an order of their own are copied first),
+those of other devices by torch's own operations on the device; the K x K solves are done on the CPU. Sums are
+accumulated in float64.
 
 The functions are not differentiable: outside `torch.no_grad()` they refuse tensors that require grad.
 """
@@ -40,7 +41,8 @@ def gramian(rows: Rows) -> Tensor:
         RuntimeError: a tensor requires grad and grad mode is on.
     """
     matrix = _read_rows("gramian", rows)
-    return _backend(matrix).gramian(matrix)
+    products: Tensor = _backend(matrix).gramian(matrix)
+    return products
 
 
 def weights(gramian: Tensor, method: str | Aggregator, *, draw: int = 0, **options: Any) -> Tensor:
@@ -102,7 +104,8 @@ def _weights(gramian: Tensor, aggregator: Aggregator, draw: int) -> Tensor:
     with torch.no_grad():
         gramian = gramian.to("cpu", torch.float64).contiguous()
         options = aggregator.option_values(len(gramian), draw=draw)
-        return torch.ops.flatmtl.weights(gramian, aggregator.number, options)
+        values: Tensor = torch.ops.flatmtl.weights(gramian, aggregator.number, options)
+    return values
 
 
 def _backend(matrix: list[list[Tensor]]) -> ModuleType:
@@ -123,8 +126,8 @@ def _read_rows(function: str, rows: Rows) -> list[list[Tensor]]:
     if isinstance(rows, Tensor):
         if rows.dim() != 2 or len(rows) == 0:
             raise ValueError(
-                f"flatmtl.{function}: rows has shape {tuple(rows.shape)}; it must be K x P with K >= 1, or a sequence of "
-                "K sequences of tensors"
+                f"flatmtl.{function}: rows has shape {tuple(rows.shape)}; it must be K x P with K >= 1, or a "
+                "sequence of K sequences of tensors"
             )
         _check_no_grad(function, "rows", rows)
         matrix = [[row] for row in rows.detach()]
@@ -134,15 +137,13 @@ def _read_rows(function: str, rows: Rows) -> list[list[Tensor]]:
             raise ValueError(f"flatmtl.{function}: rows is empty; it must hold at least one row")
     for i, row in enumerate(matrix):
         if len(row) != len(matrix[0]):
-            raise ValueError(
-                f"flatmtl.{function}: rows[{i}] has {len(row)} tensors, rows[0] has {len(matrix[0])}"
-            )
+            raise ValueError(f"flatmtl.{function}: rows[{i}] has {len(row)} tensors, rows[0] has {len(matrix[0])}")
         for t, tensor in enumerate(row):
             _check_tensor(function, f"rows[{i}][{t}]", tensor, f"rows[0][{t}]", matrix[0][t], matrix[0][0])
     return matrix
 
 
-def _read_row(function: str, i: int, row: Sequence[Tensor]) -> list[Tensor]:
+def _read_row(function: str, i: int, row: Any) -> list[Tensor]:
     if isinstance(row, Tensor):
         raise TypeError(
             f"flatmtl.{function}: rows[{i}] is a tensor; it must be a sequence of tensors. Pass torch.stack(rows) or "
