@@ -1,0 +1,41 @@
+"""Which code does the arithmetic on a parameter: the C core, or torch's device-generic operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import _generic, _native
+
+_NATIVE_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16}
+
+
+@dataclass
+class Group:
+    """Parameters of one device and dtype, which one backend call can take together."""
+
+    backend: ModuleType
+    indices: list[int]
+
+    def __post_init__(self) -> None:
+        self._set = set(self.indices)
+
+    def __contains__(self, index: int) -> bool:
+        return index in self._set
+
+
+def choose(param: Tensor, copy: Tensor) -> ModuleType:
+    """The backend of one parameter; `copy` is empty_like of it, so equal strides mean that it is dense."""
+    native = param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and param.stride() == copy.stride()
+    return _native if native and type(param.data) is Tensor else _generic
+
+
+def group(params: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Group]:
+    groups: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
+    for i, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        groups.setdefault((choose(param, copy), param.device, param.dtype), []).append(i)
+    return [Group(key[0], indices) for key, indices in groups.items()]

@@ -1,0 +1,226 @@
+"""What a closure returns: checks, order of the tasks, and the edge of the graph where each loss's gradient starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+Closure = Callable[..., Any]
+Task = Hashable  # an index, or the key of a dict
+
+
+@dataclass(eq=False)
+class Loss:
+    """One task's loss: its value, and where in the graph its gradient starts.
+
+    `separable` is False if the loss is an element of a vector that was computed as a whole, so that the graph does not
+    tell which parameters this element reaches.
+    """
+
+    task: Task
+    value: Tensor
+    edge: GradientEdge
+    separable: bool = True
+
+
+def is_per_task(closure: Any) -> bool:
+    """Whether `closure` is a sequence or dict of closures, one a task."""
+    return isinstance(closure, (Sequence, Mapping)) and not callable(closure)
+
+
+def check_closures(closure: Any) -> None:
+    items = closure.items() if isinstance(closure, Mapping) else enumerate(closure)
+    count = 0
+    for task, item in items:
+        count += 1
+        if not callable(item):
+            raise TypeError(f"closure[{task!r}] must be callable, but is {type(item).__name__}")
+    if count == 0:
+        raise ValueError("closure is empty: expected one closure a task")
+
+
+def takes_task(closure: Closure) -> bool:
+    """Whether `closure` has a parameter named `task`."""
+    try:
+        return "task" in inspect.signature(closure).parameters
+    except (TypeError, ValueError):  # builtins and the like have no signature
+        return False
+
+
+def tasks_of(container: Any) -> list[Task]:
+    """The tasks' names, in order: keys of a dict, indices of anything else."""
+    if isinstance(container, Mapping):
+        for key in container:
+            if not isinstance(key, (str, int)):
+                raise TypeError(f"keys of the losses must be str or int, but {key!r} is {type(key).__name__}")
+        return list(container)
+    if isinstance(container, Tensor):
+        return [0] if container.dim() == 0 else list(range(container.shape[0]))
+    return list(range(len(container)))
+
+
+def read_losses(container: Any) -> list[Loss | None]:
+    """Checks what a closure returned and gives one `Loss` a task, None for an absent one.
+
+    Accepts a list, tuple, dict or 1-D tensor of losses, and a 0-d tensor as a single task.
+    """
+    if isinstance(container, Tensor):
+        return _read_tensor(container)
+    if isinstance(container, Mapping):
+        values = list(container.values())
+    elif isinstance(container, Sequence) and not isinstance(container, (str, bytes)):
+        values = list(container)
+    else:
+        raise TypeError(
+            "closure must return the task losses as a list, tuple, dict or 1-D tensor (or a 0-d tensor, one task), "
+            f"but returned {type(container).__name__}"
+        )
+    tasks = tasks_of(container)
+    if not values:
+        raise ValueError("closure returned no losses")
+    return [None if value is None else read_loss(task, value) for task, value in zip(tasks, values, strict=True)]
+
+
+def read_loss(task: Task, value: Any) -> Loss:
+    """Checks the loss of one task."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss of task {task!r} must be a tensor, but is {type(value).__name__}")
+    if value.dim() != 0:
+        raise ValueError(f"loss of task {task!r} must be a scalar, but has shape {tuple(value.shape)}")
+    _check_differentiable(f"loss of task {task!r}", value)
+    edge = get_gradient_edge(value)
+    scalar = _follow_element(edge)
+    return Loss(task, value.detach(), scalar or edge, scalar is not None)
+
+
+def _read_tensor(vector: Tensor) -> list[Loss | None]:
+    if vector.dim() == 0:
+        return [read_loss(0, vector)]
+    if vector.dim() != 1:
+        raise ValueError(f"a tensor of losses must have 0 or 1 dimensions, but has shape {tuple(vector.shape)}")
+    if vector.shape[0] == 0:
+        raise ValueError("closure returned no losses")
+    _check_differentiable("the tensor of losses", vector)
+    scalars = _scalars_of(get_gradient_edge(vector), vector.shape[0])
+    losses: list[Loss | None] = []
+    for i in range(vector.shape[0]):
+        if scalars is not None:
+            losses.append(Loss(i, vector.detach()[i], scalars[i]))
+        else:
+            separable = vector.shape[0] == 1
+            with torch.enable_grad():
+                losses.append(Loss(i, vector.detach()[i], get_gradient_edge(vector[i]), separable))
+    return losses
+
+
+def _check_differentiable(what: str, value: Tensor) -> None:
+    if value.is_complex():
+        raise TypeError(f"{what} is complex ({value.dtype}); losses must be real")
+    if not value.requires_grad:
+        raise RuntimeError(
+            f"{what} has no graph (requires_grad is False): it does not depend on any parameter that requires grad, "
+            "or the closure ran it under no_grad, detached it or called .item()"
+        )
+    if value.grad_fn is None:
+        raise RuntimeError(f"{what} is a leaf tensor, not computed from the model")
+
+
+def _node_name(node: Any) -> str:
+    return node.name().rsplit("::", 1)[-1]
+
+
+def _numel(edge: GradientEdge) -> int | None:
+    """Elements of the tensor at an edge, where autograd says."""
+    try:
+        shape = edge.node._input_metadata[edge.output_nr].shape
+    except (AttributeError, IndexError):
+        return None
+    return int(torch.Size(shape).numel())
+
+
+def _inputs(node: Any) -> list[GradientEdge] | None:
+    """Edges to the inputs of a node; None if one of them needs no gradient."""
+    edges = [GradientEdge(n, nr) for n, nr in node.next_functions if n is not None]
+    return edges if len(edges) == len(node.next_functions) else None
+
+
+_RESHAPES = {"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0",
+             "SqueezeBackward1", "SqueezeBackward2", "CloneBackward0", "AliasBackward0", "ExpandBackward0"}  # fmt: skip
+
+
+def _scalars_of(edge: GradientEdge, length: int) -> list[GradientEdge] | None:
+    """The scalars that a 1-D tensor of `length` losses was stacked or concatenated from; None if it was not."""
+    node = edge.node
+    name = _node_name(node)
+    if name in ("StackBackward0", "CatBackward0"):
+        edges = _inputs(node)
+        if edges is None or len(edges) != length or any(_numel(e) != 1 for e in edges):
+            return None
+        return [_through_reshapes(e) for e in edges]
+    if name in ("AliasBackward0", "CloneBackward0", "ViewBackward0"):
+        edges = _inputs(node)
+        return _scalars_of(edges[0], length) if edges and _numel(edges[0]) == length else None
+    return None
+
+
+def _through_reshapes(edge: GradientEdge) -> GradientEdge:
+    """Back over reshapes of one element. They do not change which parameters are reached."""
+    while _node_name(edge.node) in _RESHAPES:
+        edges = _inputs(edge.node)
+        if not edges or _numel(edges[0]) != 1:
+            break
+        edge = edges[0]
+    return edge
+
+
+def _follow_element(edge: GradientEdge) -> GradientEdge | None:
+    """Where a 0-d loss starts: itself, or the scalar it was, if it is an element of a stack. None if it is an element
+    of a vector that was computed as a whole."""
+    start = _through_reshapes(edge)
+    node = start.node
+    name = _node_name(node)
+    if name == "SelectBackward0":
+        index, parents = node._saved_index, _inputs(node)
+    elif name == "UnbindBackward0":
+        index, parents = start.output_nr, _inputs(node)
+    else:
+        return edge
+    if not parents:
+        return None
+    length = _numel(parents[0])
+    if length is None:
+        return None
+    if length == 1:
+        return edge
+    if index >= length:  # a negative index is saved as a huge unsigned number
+        index -= 2**64 - length if index >= 2**63 else 0
+    scalars = _scalars_of(parents[0], length)
+    return scalars[index] if scalars is not None and 0 <= index < length else None
+
+
+def like_container(container: Any, values: list[Tensor | None]) -> Any:
+    """`values`, one a task, in a container of the kind that the closure returned."""
+    if isinstance(container, Tensor):
+        return values[0] if container.dim() == 0 else container.detach().clone()
+    if isinstance(container, Mapping):
+        return dict(zip(container, values, strict=True))
+    if isinstance(container, tuple):
+        return type(container)(*values) if hasattr(container, "_fields") else tuple(values)
+    return list(values)
+
+
+def describe(container: Any) -> str:
+    """The shape of a container of losses, for the message when it changes between passes."""
+    if isinstance(container, Tensor):
+        return f"a tensor of shape {tuple(container.shape)}"
+    if isinstance(container, Mapping):
+        return f"a dict with keys {list(container)!r}"
+    if isinstance(container, Sequence):
+        return f"a {type(container).__name__} of {len(container)}"
+    return f"a {type(container).__name__}"

@@ -1,0 +1,375 @@
+"""FlatMTL: F-MTL as a torch optimizer that wraps the one the user has."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import _ops, _record
+from ._losses import Task
+from ._protect import Buffers, HeldInterrupt, noted
+from ._roles import Roles
+from ._step import NonFiniteError, Parameter, Settings, Step
+from .aggregators import Aggregator, get_aggregator
+
+_STATE_VERSION = 1
+_HOOKS = (
+    "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks",
+)  # fmt: skip
+
+
+class FlatMTL(Optimizer):
+    r"""F-MTL (arXiv 2211.13723, Algorithm 1): multi-task training towards flat minima, around any optimizer.
+
+    For every task i with loss :math:`l_i` of shared parameters :math:`\theta` and own parameters :math:`\psi_i`
+
+    .. math::
+        (g_i, h_i) &= \nabla l_i(\theta, \psi_i) \\
+        (s_i, t_i) &= \nabla l_i(\theta + \rho_s g_i / \|g_i\|,\ \psi_i + \rho_t h_i / \|h_i\|), \quad f_i = s_i - g_i
+
+    and the wrapped optimizer gets the gradient :math:`A(g_1 .. g_K) + A(f_1 .. f_K)` for :math:`\theta` and
+    :math:`t_i` for :math:`\psi_i`, where A is the aggregator. A step of K tasks costs K + 1 forwards and 2K backwards
+    (K forwards more if every task has its own closure), and 1 forward and K backwards if ``rho`` is 0.
+
+    Shared and own parameters are found from the graphs of the losses: a parameter that two or more losses reach is
+    shared, one that a single loss reaches is that task's own, and one that none reaches is left alone. Once shared, a
+    parameter stays shared. With a single task every parameter is its own, and the step is SAM.
+
+    While a step runs, BatchNorm's running statistics and other module buffers change in the unperturbed pass only, and
+    torch's random generators replay it in the perturbed passes; after the step they stand where the unperturbed pass
+    left them. If the step fails before the wrapped optimizer's own update begins (the closure raises, Ctrl-C, a
+    non-finite gradient), parameters, ``.grad``, optimizer state, buffers and generators are as they were.
+
+    Args:
+        optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's.
+        aggregator: a name (``"cagrad"``) or an object (``flatmtl.CAGrad(c=0.4)``).
+        rho: radius of the perturbation, >= 0, or a pair (shared, task). Also a key of the param groups. 0 is plain
+            gradient aggregation, without perturbed passes.
+        adaptive: ASAM (2102.11600): :math:`\epsilon = \rho\, T^2 g / \|T g\|` with :math:`T = |\theta| + \eta`, for
+            every parameter, as the F-MTL authors' code does. Wants a larger rho (they use 2).
+        eta: the :math:`\eta` of ASAM, >= 0.
+        norm: ``"separate"`` (the paper): shared and own parameters move rho each; ``"joint"`` (the authors'
+            Multi-MNIST code): one norm a task over both.
+        combine: ``"decomposed"`` (the paper) A(g) + A(f); ``"direct"`` A(s); ``"second"`` A(A(g), A(f)); ``"each"``
+            A(r_1 .. r_K) with r_i = A(g_i, f_i). Paper, section 4.3.
+        family_scale: ``"rms"`` divides a family of gradients by its root mean square norm before A and multiplies
+            afterwards, so that every method is homogeneous of degree 1 and the much smaller flat family is treated
+            like the loss family; ``None`` is the raw method.
+        shared: parameters or modules that are shared, instead of finding them. Every other parameter is own and gets
+            the sum of the t_i of the losses that reach it.
+        modules: modules whose buffers are to be protected, instead of all that the closure calls.
+        replay_rng: draw the same random numbers (dropout) in every pass of a step.
+        nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
+            None for every parameter, and ``last["skipped"]`` is True.
+        seed: seed of the methods that draw (PCGrad's order); with the number of the step it fixes the draws.
+
+    Example:
+        >>> optimizer = flatmtl.FlatMTL(torch.optim.Adam(model.parameters(), lr=1e-3), aggregator="cagrad", rho=0.05)
+        >>> losses = optimizer.step(lambda: [loss(out, y) for out, y in zip(model(x), targets)])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        aggregator: str | Aggregator = "cagrad",
+        rho: float | tuple[float, float] = 0.05,
+        adaptive: bool = False,
+        eta: float = 0.0,
+        norm: str = "separate",
+        combine: str = "decomposed",
+        family_scale: str | None = "rms",
+        shared: Iterable[Tensor | nn.Module] | None = None,
+        modules: Iterable[nn.Module] | None = None,
+        replay_rng: bool = True,
+        nonfinite: str = "raise",
+        seed: int = 0,
+    ) -> None:
+        # Not super().__init__: param_groups, defaults and state are the wrapped optimizer's.
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
+        if isinstance(optimizer, FlatMTL):
+            raise TypeError("optimizer is a FlatMTL already")
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS cannot be wrapped: its step evaluates a closure of a single loss several times")
+        _check_rho(rho, "rho")
+        if not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
+            raise ValueError(f"Invalid eta: {eta} (expected a finite number >= 0)")
+        _check_choice("norm", norm, ("separate", "joint"))
+        _check_choice("combine", combine, _ops.COMBINE)
+        _check_choice("family_scale", family_scale, ("rms", None))
+        _check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        if not (isinstance(seed, int) and 0 <= seed < 2**53):
+            raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
+        self.settings = Settings(
+            get_aggregator(aggregator), bool(adaptive), float(eta), norm, combine, family_scale, bool(replay_rng), seed
+        )
+        self.nonfinite = nonfinite
+        self.modules = None if modules is None else list(modules)
+        self.roles = Roles(shared)
+        self.tasks: list[Task] | None = None
+        self.steps = 0
+        self.last: dict[str, Any] = {}
+        self.optimizer = optimizer
+        optimizer.defaults.setdefault("rho", rho)
+        for group in optimizer.param_groups:
+            _check_rho(group.setdefault("rho", rho), "rho of a param group")
+        for hooks in _HOOKS:
+            setattr(self, hooks, OrderedDict())
+        self._warned_capturable_if_run_uncaptured = True
+        self._patch_step_function()
+
+    # -- the wrapped optimizer's, live in both directions ----------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    @property
+    def state(self) -> Any:
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the wrapped optimizer's; the group may have a `rho`."""
+        if isinstance(param_group, dict) and "rho" in param_group:
+            _check_rho(param_group["rho"], "rho of the param group")
+        self.optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the wrapped optimizer's. Never needed: a step overwrites `.grad`."""
+        self.optimizer.zero_grad(set_to_none)
+
+    # -- the step --------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Makes one F-MTL step, or, without a closure, applies `.grad` by the wrapped optimizer.
+
+        Args:
+            closure: evaluates the model and returns the task losses (list, tuple, dict or 1-D tensor of scalars; a 0-d
+                tensor is one task; None stands for a task that is absent from this batch), without calling backward.
+                It is called K + 1 times. If it has a parameter named `task`, it gets None in the unperturbed pass and
+                the index or key of the one task wanted in a perturbed pass, and may return that loss alone. Or a
+                sequence or dict of closures, one a task, each returning its own loss.
+
+        Returns:
+            The losses at the unperturbed point, detached, in the container that came.
+        """
+        if closure is None:
+            with HeldInterrupt():
+                return self._apply()
+        with HeldInterrupt() as interrupt:
+            losses = self._backward(closure, None, interrupt)
+            if not self.last["skipped"]:
+                self._apply()
+        return losses
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def backward(self, closure: Any, grad_scaler: Any = None) -> Any:
+        """All of a step but the wrapped optimizer's update: parameters restored, the combined update in `.grad`.
+
+        Clip, unscale or log between this and `step()`. `.grad` is overwritten, not accumulated.
+
+        Args:
+            closure: as for `step`.
+            grad_scaler: a `torch.amp.GradScaler`. The losses are scaled, the perturbation is that of the unscaled
+                gradients, and `.grad` holds the scaled update, or Inf if a pass overflowed (whatever `nonfinite` says;
+                nothing else has then changed). Then `scaler.step(optimizer)` and `scaler.update()`, as usual.
+
+        Returns:
+            The losses, as `step`.
+        """
+        with HeldInterrupt() as interrupt:
+            return self._backward(closure, grad_scaler, interrupt)
+
+    def _backward(self, closure: Any, grad_scaler: Any, interrupt: HeldInterrupt) -> Any:
+        params = self._parameters()
+        scaled = grad_scaler is not None and grad_scaler.is_enabled()
+        loss_scale = 1.0
+        if scaled:  # through scale(), which sets the scaler up at its first call
+            loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
+        step = Step(
+            params, self.settings, self.roles, draw=self.steps, loss_scale=loss_scale,
+            buffers=Buffers(self.modules), interrupt=interrupt,
+        )  # fmt: skip
+        try:
+            step.run(closure)
+            self._check_tasks(step)
+        except NonFiniteError:
+            step.rollback()
+            if not scaled and self.nonfinite == "raise":
+                raise
+            self._skip(step, scaled)
+            return step.losses
+        except BaseException:
+            step.rollback()
+            raise
+        for p, update, old in zip(params, step.update, step.old_grads, strict=True):
+            known = p.tensor in step.new_roles
+            p.tensor.grad = update if known else old  # a parameter that no loss ever reached is left alone
+        self.roles.of = step.new_roles
+        self.tasks = [state.task for state in step.tasks]
+        self.last = step.record
+        self.steps += 1
+        return step.losses
+
+    def _skip(self, step: Step, scaled: bool) -> None:
+        self.last = _record.skipped(step)
+        if scaled:
+            step.overflow()
+        else:
+            for p in step.params:
+                p.tensor.grad = None
+
+    def _apply(self) -> Any:
+        try:
+            return self.optimizer.step()
+        except BaseException as error:
+            raise noted(
+                error, "flatmtl: raised inside the wrapped optimizer's own update; parameters and its state may be "
+                "changed in part"
+            )  # fmt: skip
+
+    def _check_tasks(self, step: Step) -> None:
+        tasks = [state.task for state in step.tasks]
+        if self.tasks is not None and tasks != self.tasks:
+            raise RuntimeError(
+                f"closure returned losses of tasks {tasks!r}, but earlier steps had {self.tasks!r} "
+                "(return None for a task that is absent from a batch)"
+            )
+
+    def _parameters(self) -> list[Parameter]:
+        found: list[Parameter] = []
+        for g, group in enumerate(self.param_groups):
+            rho = group.get("rho", self.defaults.get("rho", 0.0))
+            _check_rho(rho, f"param_groups[{g}]['rho']")
+            shared, task = rho if isinstance(rho, (tuple, list)) else (rho, rho)
+            sign = -1.0 if group.get("maximize", False) else 1.0
+            names = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                if not p.requires_grad:
+                    continue
+                name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
+                if not p.is_floating_point():
+                    raise TypeError(f"parameter {name} is {p.dtype}; only real floating-point ones are supported")
+                found.append(Parameter(p, sign * shared, sign * task, name))
+        if not found:
+            raise RuntimeError("no parameter of the optimizer requires grad")
+        return found
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's `state` and `param_groups`, and `flatmtl`: roles, tasks, number of steps, seed.
+
+        Tensors and plain values alone, so that `torch.load(weights_only=True)` takes it.
+        """
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = self.optimizer.state_dict()
+        state_dict["flatmtl"] = {
+            "version": _STATE_VERSION,
+            "steps": self.steps,
+            "seed": self.settings.seed,
+            "tasks": None if self.tasks is None else list(self.tasks),
+            "roles": self.roles.state(self._all_tensors()),
+        }
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a `state_dict` of this class, or a plain one of the wrapped optimizer (roles are then found anew)."""
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = dict(result)
+        own = state_dict.pop("flatmtl", None)
+        if own is not None:
+            self._check_state(own, state_dict)
+        rhos = [group.get("rho", self.defaults["rho"]) for group in self.param_groups]
+        self.optimizer.load_state_dict(state_dict)
+        for group, rho in zip(self.param_groups, rhos, strict=True):
+            group.setdefault("rho", rho)
+        self.steps, self.tasks, self.last = 0, None, {}
+        self.roles.of = {}
+        if own is not None:
+            self.steps, self.settings.seed = own["steps"], own["seed"]
+            self.tasks = None if own["tasks"] is None else list(own["tasks"])
+            self.roles.load(own["roles"], self._all_tensors())
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _check_state(self, own: Any, state_dict: dict[str, Any]) -> None:
+        version = own.get("version") if isinstance(own, dict) else None
+        if version != _STATE_VERSION:
+            raise ValueError(f"state_dict['flatmtl'] has version {version!r}, but this flatmtl reads {_STATE_VERSION}")
+        count = sum(len(group["params"]) for group in state_dict["param_groups"])
+        if len(own["roles"]) != count or count != len(self._all_tensors()):
+            raise ValueError(
+                f"state_dict['flatmtl']['roles'] is for {len(own['roles'])} parameters, but the optimizer has "
+                f"{len(self._all_tensors())}"
+            )
+        if own["tasks"] is not None and self.tasks is not None and len(own["tasks"]) != len(self.tasks):
+            raise ValueError(f"state_dict has {len(own['tasks'])} tasks, but the optimizer has {len(self.tasks)}")
+
+    def _all_tensors(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in _HOOKS and k != "step"}  # schedulers patch step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for hooks in _HOOKS:
+            self.__dict__.setdefault(hooks, OrderedDict())
+        self._patch_step_function()
+
+    def __repr__(self) -> str:
+        s = self.settings
+        return (
+            f"FlatMTL(aggregator={s.aggregator!r}, adaptive={s.adaptive}, eta={s.eta}, norm={s.norm!r}, "
+            f"combine={s.combine!r}, family_scale={s.family_scale!r}, seed={s.seed},\n{self.optimizer!r})"
+        )
+
+
+def _check_rho(rho: Any, what: str) -> None:
+    pair = rho if isinstance(rho, (tuple, list)) else (rho, rho)
+    if len(pair) != 2 or not all(isinstance(r, (int, float)) and 0.0 <= r < math.inf for r in pair):
+        raise ValueError(f"Invalid {what}: {rho} (expected a finite number >= 0, or a pair (shared, task) of them)")
+
+
+def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    if value not in choices:
+        raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(repr(c) for c in choices)})")
