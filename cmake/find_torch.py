@@ -1,4 +1,4 @@
-"""Prints the directory of the installed torch, without importing it; exits with 1, and says where it looked, if there is none.
+"""Prints the directory of the installed torch, without importing it; exits with 1 if there is none.
 
 pip builds in an isolated environment: torch cannot be imported there, but sysconfig still names the directories of the
 environment that pip itself runs in.

@@ -1,0 +1,81 @@
+# The front door: each target sets up what it needs in .venv/ and build/, and does nothing twice. How things are built stands
+# in CMakeLists.txt and pyproject.toml; what `make test` runs stands in tests/run.py.
+#
+#   make demo                     PYTHON=python3.12 and TORCH=2.12.0 choose another Python and another torch
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMPS := $(VENV)/stamps
+SOURCES := CMakeLists.txt pyproject.toml LICENSE $(wildcard README.md) $(shell find cmake csrc shim python -type f -not -name '*.pyc')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-long compare lint clean
+
+help:
+	@echo 'make demo       train a two-task network on handwritten digits, with and without F-MTL'
+	@echo 'make compare    time the C step against the same algorithm in plain PyTorch'
+	@echo 'make test       every check of a submission: linters, C and C++ tests, sanitizers, Python tests'
+	@echo 'make test-long  the slow ones too: thread sanitizer, valgrind, long property tests'
+	@echo 'make lint       the linters alone'
+	@echo 'make clean      remove .venv/ and build/'
+	@echo 'Settings: PYTHON=$(PYTHON) TORCH=$(TORCH) VENV=$(VENV)'
+
+demo: $(STAMPS)/examples
+	$(PY) examples/demo.py
+
+compare: $(STAMPS)/cli
+	$(PY) -m flatmtl compare $(ARGS)
+
+test: $(STAMPS)/test $(STAMPS)/lint
+	$(PY) tests/run.py
+
+test-long: $(STAMPS)/test $(STAMPS)/lint
+	$(PY) tests/run.py --long
+
+lint: $(STAMPS)/test $(STAMPS)/lint
+	$(PY) tests/run.py lint
+
+clean:
+	rm -rf '$(VENV)' build
+
+# A virtual environment, once what cannot be installed from here is known to be there.
+$(STAMPS)/venv:
+	@command -v '$(PYTHON)' > /dev/null || { echo 'No $(PYTHON) here. On Debian and Ubuntu:  sudo apt-get install python3 python3-venv' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo '$(PYTHON) is older than Python 3.10. Name a newer one:  make PYTHON=python3.12 ...' >&2; exit 1; }
+	@'$(PYTHON)' -c 'import ensurepip, venv' 2> /dev/null \
+	  || { echo 'The venv module of $(PYTHON) is missing. On Debian and Ubuntu:  sudo apt-get install python3-venv' >&2; exit 1; }
+	@for tool in cc c++; do command -v $$tool > /dev/null \
+	  || { echo "No C/C++ compiler ($$tool). On Debian and Ubuntu:  sudo apt-get install build-essential" >&2; exit 1; }; done
+	'$(PYTHON)' -m venv '$(VENV)'
+	@mkdir -p '$(STAMPS)' && touch '$@'
+
+# torch first and pinned, and held there: left to itself pip takes the newest, which on Linux is several GB of CUDA.
+$(STAMPS)/torch-$(TORCH): $(STAMPS)/venv
+	@rm -f '$(STAMPS)'/torch-* '$(STAMPS)/package'
+	$(PIP) install --quiet 'torch==$(firstword $(subst +, ,$(TORCH)))+$(or $(word 2,$(subst +, ,$(TORCH))),cpu)' 2> /dev/null \
+	  || { echo 'No CPU-only torch $(TORCH) in the indexes that pip is set up for: taking the default build, on Linux several GB.'; \
+	       echo 'To avoid that give pip the index of CPU builds that pytorch.org names:  make ... PIP_EXTRA_INDEX_URL=...'; \
+	       $(PIP) install 'torch==$(TORCH)'; }
+	@echo 'torch==$(TORCH)' > '$(VENV)/constraints.txt' && touch '$@'
+
+# As a user installs it: built in isolation, from a wheel. build/wheel keeps the object files.
+$(STAMPS)/package: $(STAMPS)/torch-$(TORCH) $(SOURCES)
+	@rm -rf build/dist
+	SKBUILD_BUILD_DIR=build/wheel $(PIP) wheel --quiet --no-deps --wheel-dir build/dist .
+	$(PIP) install --quiet --no-deps --force-reinstall build/dist/*.whl
+	@touch '$@'
+
+# The package's extras.
+EXTRAS := $(STAMPS)/cli $(STAMPS)/examples $(STAMPS)/test $(STAMPS)/lint
+$(EXTRAS): $(STAMPS)/%: $(STAMPS)/.%-installed $(STAMPS)/package
+	@touch '$@'
+
+$(EXTRAS:$(STAMPS)/%=$(STAMPS)/.%-installed): $(STAMPS)/.%-installed: pyproject.toml | $(STAMPS)/package
+	$(PIP) install --quiet --constraint '$(VENV)/constraints.txt' "$$(echo $(CURDIR)/build/dist/*.whl)[$*]"
+	@touch '$@'

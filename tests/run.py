@@ -1,0 +1,161 @@
+"""Runs the project's checks one after another, against the package installed in this Python, and sums up.
+
+    python tests/run.py [--long] [NAME ...]      no names: all of them
+
+Every check runs even if an earlier one failed. Exit status 1 if any failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build"
+PYTHON_FILES = ["python", "tests", "examples", "cmake"]
+C_DIRECTORIES = ["csrc", "shim", "tests", "examples"]
+JOBS = str(os.cpu_count() or 1)
+
+
+def run(*command: str | Path, **environment: str) -> None:
+    """Runs a command from the root of the project; raises CalledProcessError if it fails."""
+    print("$", *(f"{key}={value}" for key, value in environment.items()), *command, flush=True)
+    # The source tree must not be importable: the installed package is what is tested.
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | environment
+    subprocess.run([str(part) for part in command], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, check=True)
+
+
+def python(*arguments: str | Path, **environment: str) -> None:
+    run(sys.executable, *arguments, **environment)
+
+
+def cmake_build(directory: str, *options: str, target: str = "all") -> Path:
+    build = BUILD / directory
+    run("cmake", "-S", ".", "-B", build, "-DFLATMTL_BUILD_TESTS=ON", "-DFLATMTL_WERROR=ON", *options)
+    run("cmake", "--build", build, "--target", target, "--parallel", JOBS)
+    return build
+
+
+def ctest(build: Path, **environment: str) -> None:
+    run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error", "--parallel", JOBS, **environment)
+
+
+def lint() -> None:
+    sources = [path for path in PYTHON_FILES if (ROOT / path).is_dir()]
+    python("-m", "ruff", "check", *sources)
+    python("-m", "ruff", "format", "--check", *sources)
+    python("-m", "mypy")
+    files = [
+        path for name in C_DIRECTORIES for path in sorted((ROOT / name).rglob("*.[ch]*")) if path.suffix in SUFFIXES
+    ]
+    run(
+        Path(sys.executable).parent / "clang-format",
+        "--dry-run",
+        "-Werror",
+        *(path.relative_to(ROOT) for path in files),
+    )
+
+
+SUFFIXES = {".c", ".h", ".cpp", ".hpp"}
+
+
+def c_tests() -> None:
+    ctest(cmake_build("c"))
+
+
+def c_sanitizers() -> None:
+    build = cmake_build(
+        "sanitize", "-DFLATMTL_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug", target="flatmtl_tests"
+    )
+    ctest(
+        build, ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1", UBSAN_OPTIONS="print_stacktrace=1"
+    )
+
+
+def c_threads() -> None:
+    build = cmake_build("threads", "-DFLATMTL_SANITIZE=thread", target="flatmtl_tests")
+    ctest(build, TSAN_OPTIONS="halt_on_error=1")
+
+
+def c_valgrind() -> None:
+    if not shutil.which("valgrind"):
+        print("no valgrind here: left out")
+        return
+    build = cmake_build("valgrind", "-DCMAKE_BUILD_TYPE=Debug", target="flatmtl_tests")
+    run(
+        "valgrind",
+        "--quiet",
+        "--error-exitcode=1",
+        "--leak-check=full",
+        build / "tests/c/flatmtl_tests",
+        FLATMTL_ISA="base",
+    )
+
+
+def wheel() -> None:
+    wheels = list((BUILD / "dist").glob("*.whl"))
+    if len(wheels) != 1:
+        raise RuntimeError(f"one wheel expected in {BUILD / 'dist'}, found {len(wheels)}")
+    python("tests/check_wheel.py", wheels[0])
+
+
+def pytest() -> None:
+    python("-m", "pytest", "-m", "not slow", FLATMTL_TEST_INSTALLED="1")
+
+
+def pytest_long() -> None:
+    python("-m", "pytest", FLATMTL_TEST_INSTALLED="1", HYPOTHESIS_PROFILE="long")
+
+
+SHORT = [lint, c_tests, c_sanitizers, wheel, pytest]
+LONG = [lint, c_tests, c_sanitizers, c_threads, c_valgrind, wheel, pytest_long]
+
+
+def ensure_build_tools() -> None:
+    """cmake >= 3.22 and a generator; from the package index, into this environment, where they are absent."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake")
+    text = subprocess.run([cmake, "--version"], capture_output=True, text=True, check=True).stdout if cmake else ""
+    version = re.search(r"(\d+)\.(\d+)", text)
+    if not version or (int(version[1]), int(version[2])) < (3, 22):
+        python("-m", "pip", "install", "--quiet", "cmake")
+    if shutil.which("ninja") is None:
+        python("-m", "pip", "install", "--quiet", "ninja")
+    os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
+
+
+def main() -> int:
+    checks: dict[str, Callable[[], None]] = {check.__name__: check for check in SHORT + LONG}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", choices=[[], *checks], help=", ".join(checks))
+    parser.add_argument("--long", action="store_true", help="slow checks too")
+    arguments = parser.parse_args()
+    chosen = [checks[name] for name in arguments.names] or (LONG if arguments.long else SHORT)
+
+    ensure_build_tools()
+    failed, lines = [], []
+    for check in chosen:
+        print(f"\n=== {check.__name__} ===", flush=True)
+        start = time.monotonic()
+        try:
+            check()
+            result = "ok"
+        except (subprocess.CalledProcessError, OSError, RuntimeError) as error:
+            print(f"{check.__name__}: {error}", file=sys.stderr, flush=True)
+            result = "FAILED"
+            failed.append(check.__name__)
+        lines.append(f"{check.__name__:<14} {result:<6} {time.monotonic() - start:6.0f} s")
+    print("\n" + "\n".join(lines))
+    print(f"checks: {len(chosen) - len(failed)} passed, {len(failed)} failed", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
