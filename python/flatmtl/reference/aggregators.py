@@ -138,7 +138,7 @@ def cagrad(gramian: Tensor, c: float = 0.4) -> Tensor:
                 break
         if not lower < t < upper:
             t = 2 * lower if upper == torch.inf else (lower + upper) / 2
-        if upper - lower <= 4 * EPS * upper:
+        if upper < torch.inf and upper - lower <= 4 * EPS * upper:
             break
     return (b + phi / (w @ gramian @ w).sqrt() * w) / (1 + c**2)
 
