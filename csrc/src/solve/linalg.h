@@ -19,16 +19,23 @@ typedef struct fm_dd {
   double hi, lo;
 } fm_dd;
 
+static inline fm_dd fm_dd_make(double hi, double lo) {
+  fm_dd r;
+  r.hi = hi;
+  r.lo = lo;
+  return r;
+}
+
 /* a + b exactly */
 static inline fm_dd fm_two_sum(double a, double b) {
   double s = a + b, t = s - a;
-  return (fm_dd){s, (a - (s - t)) + (b - t)};
+  return fm_dd_make(s, (a - (s - t)) + (b - t));
 }
 
 /* a + b exactly, for |a| >= |b| or a == 0 */
 static inline fm_dd fm_fast_two_sum(double a, double b) {
   double s = a + b;
-  return (fm_dd){s, b - (s - a)};
+  return fm_dd_make(s, b - (s - a));
 }
 
 /* a * b exactly, for |a|, |b| < 2^995 and a product not near underflow */
@@ -36,15 +43,11 @@ static inline fm_dd fm_two_prod(double a, double b) {
   const double split = 134217729.0; /* 2^27 + 1 */
   double p = a * b, as = split * a, bs = split * b;
   double ah = as - (as - a), bh = bs - (bs - b), al = a - ah, bl = b - bh;
-  return (fm_dd){p, ((ah * bh - p) + ah * bl + al * bh) + al * bl};
-}
-
-static inline fm_dd fm_dd_from(double a) {
-  return (fm_dd){a, 0.0};
+  return fm_dd_make(p, ((ah * bh - p) + ah * bl + al * bh) + al * bl);
 }
 
 static inline fm_dd fm_dd_neg(fm_dd a) {
-  return (fm_dd){-a.hi, -a.lo};
+  return fm_dd_make(-a.hi, -a.lo);
 }
 
 static inline fm_dd fm_dd_add(fm_dd a, fm_dd b) {
@@ -75,7 +78,7 @@ static inline fm_dd fm_dd_div(fm_dd a, fm_dd b) {
 
 /* a >= 0 */
 static inline fm_dd fm_dd_sqrt(fm_dd a) {
-  if (!(a.hi > 0.0)) return (fm_dd){0.0, 0.0};
+  if (!(a.hi > 0.0)) return fm_dd_make(0.0, 0.0);
   double s = sqrt(a.hi);
   fm_dd r = fm_dd_sub(a, fm_two_prod(s, s));
   return fm_fast_two_sum(s, r.hi / (2.0 * s));

@@ -1,0 +1,197 @@
+/* elementwise.c - combine, perturb and copy: one pass over memory, every element on its own. */
+#include <stddef.h>
+#include <string.h>
+
+#include "flatmtl.h"
+#include "kernels.h"
+#include "rows.h"
+
+enum { FM_GRAIN = 32 * 1024 };
+
+typedef struct job {
+  const fm_kernels *kernels;
+  const flatmtl_rows *out; /* the vector written to, as a row */
+  const flatmtl_rows *rows, *perturbed;
+  const double *weights, *flat_weights;
+  const flatmtl_rows *saved, *gradient;
+  const double *scale;
+  int adaptive;
+  double eta;
+} job;
+
+/* n elements as F32 or F64: in place, or widened into `to`. */
+static const void *widened(const job *job, const flatmtl_rows *rows, int64_t row, const fm_cursor *cursor, int64_t n,
+                           float *to) {
+  const void *from = fm_row_at(rows, row, cursor, fm_dtype_size(rows->dtype));
+  if (rows->dtype == FLATMTL_BF16) {
+    job->kernels->widen_bf16(from, n, to);
+  } else if (rows->dtype == FLATMTL_F16) {
+    job->kernels->widen_f16(from, n, to);
+  } else {
+    return from;
+  }
+  return to;
+}
+
+static void store(const job *job, const double *values, const fm_cursor *cursor, int64_t n) {
+  void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, fm_dtype_size(job->out->dtype));
+  switch (job->out->dtype) {
+    case FLATMTL_F32:
+      job->kernels->round_f32(values, n, out);
+      break;
+    case FLATMTL_F64:
+      memcpy(out, values, (size_t)n * sizeof(double));
+      break;
+    case FLATMTL_BF16:
+      job->kernels->round_bf16(values, n, out);
+      break;
+    case FLATMTL_F16:
+      job->kernels->round_f16(values, n, out);
+      break;
+  }
+}
+
+static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
+  double sum[FM_BLOCK];
+  float g_wide[FM_BLOCK], s_wide[FM_BLOCK];
+  for (int32_t i = 0; i < job->rows->num_rows; i++) {
+    const void *g = widened(job, job->rows, i, cursor, n, g_wide);
+    const void *s = job->perturbed ? widened(job, job->perturbed, i, cursor, n, s_wide) : NULL;
+    const double a = job->weights[i], b = s ? job->flat_weights[i] : 0.0;
+    if (job->rows->dtype == FLATMTL_F64) {
+      job->kernels->add_f64(g, s, a, b, i == 0, n, sum);
+    } else {
+      job->kernels->add_f32(g, s, a, b, i == 0, n, sum);
+    }
+  }
+  store(job, sum, cursor, n);
+}
+
+static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
+  double moved[FM_BLOCK];
+  float saved_wide[FM_BLOCK], gradient_wide[FM_BLOCK];
+  const void *saved = widened(job, job->saved, 0, cursor, n, saved_wide);
+  const void *gradient = widened(job, job->gradient, 0, cursor, n, gradient_wide);
+  const double scale = job->scale[cursor->segment];
+  if (job->saved->dtype == FLATMTL_F64) {
+    job->kernels->perturb_f64(saved, gradient, scale, job->adaptive, job->eta, n, moved);
+  } else {
+    job->kernels->perturb_f32(saved, gradient, scale, job->adaptive, job->eta, n, moved);
+  }
+  store(job, moved, cursor, n);
+}
+
+/* Blocks of one segment each, over [begin, end) of the concatenation. */
+static void for_blocks(const job *job, int64_t begin, int64_t end, int64_t longest,
+                       void (*block)(const struct job *, const fm_cursor *, int64_t)) {
+  fm_cursor cursor = fm_cursor_at(job->out, begin);
+  while (begin < end) {
+    int64_t n = fm_cursor_room(&cursor);
+    if (n > end - begin) n = end - begin;
+    if (n > longest) n = longest;
+    block(job, &cursor, n);
+    fm_cursor_advance(&cursor, n);
+    begin += n;
+  }
+}
+
+static void combine_range(int64_t begin, int64_t end, void *context) {
+  for_blocks(context, begin, end, FM_BLOCK, combine_block);
+}
+
+static void perturb_range(int64_t begin, int64_t end, void *context) {
+  for_blocks(context, begin, end, FM_BLOCK, perturb_block);
+}
+
+static void copy_block(const job *job, const fm_cursor *cursor, int64_t n) {
+  const size_t size = fm_dtype_size(job->out->dtype);
+  memcpy((void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size), fm_row_at(job->saved, 0, cursor, size),
+         (size_t)n * size);
+}
+
+static void copy_range(int64_t begin, int64_t end, void *context) {
+  for_blocks(context, begin, end, INT64_MAX, copy_block);
+}
+
+static void run(const flatmtl_context *context, job *job, flatmtl_range_fn fn) {
+  job->kernels = fm_kernels_get();
+  fm_parallel(context, fm_total_length(job->out), FM_GRAIN, fn, job);
+}
+
+/* out fits the rows and overlaps none of them. */
+static flatmtl_status check_output(const flatmtl_context *context, const flatmtl_rows *out, const char *argument,
+                                   const flatmtl_rows *reference, const fm_buffers *inputs, int num_inputs,
+                                   flatmtl_error *error) {
+  flatmtl_status status = fm_check_same_table(reference, out, argument, error);
+  if (status != FLATMTL_OK) return status;
+  const fm_buffers output = {argument, out, NULL, 1};
+  return fm_check_overlap(&output, 1, inputs, num_inputs, context->workspace, context->workspace_size, error);
+}
+
+static flatmtl_status combine(const flatmtl_context *context, const flatmtl_rows *rows, const char *rows_name,
+                              const flatmtl_rows *perturbed, const double *weights, const char *weights_name,
+                              const double *flat_weights, const flatmtl_vector *out, flatmtl_error *error) {
+  flatmtl_status status = fm_check_rows(rows, 0, rows_name, error);
+  if (status == FLATMTL_OK && perturbed) status = fm_check_rows(perturbed, rows->num_rows, "perturbed_rows", error);
+  if (status == FLATMTL_OK && perturbed) status = fm_check_same_table(rows, perturbed, "perturbed_rows", error);
+  if (status == FLATMTL_OK) status = fm_check_finite(weights, rows->num_rows, weights_name, error);
+  if (status == FLATMTL_OK && perturbed) status = fm_check_finite(flat_weights, rows->num_rows, "flat_weights", error);
+  if (status == FLATMTL_OK) status = fm_check_vector(out, "out", error);
+  if (status == FLATMTL_OK) status = fm_check_context(context, rows->num_rows, error);
+  if (status != FLATMTL_OK) return status;
+  const flatmtl_rows target = fm_as_rows(out);
+  const fm_buffers inputs[] = {{rows_name, rows, NULL, 1}, {"perturbed_rows", perturbed, NULL, 1}};
+  status = check_output(context, &target, "out", rows, inputs, perturbed ? 2 : 1, error);
+  if (status != FLATMTL_OK) return status;
+  job job = {.out = &target, .rows = rows, .perturbed = perturbed, .weights = weights, .flat_weights = flat_weights};
+  run(context, &job, combine_range);
+  return FLATMTL_OK;
+}
+
+flatmtl_status flatmtl_combine(const flatmtl_context *context, const flatmtl_rows *rows, const double *weights,
+                               const flatmtl_vector *out, flatmtl_error *error) {
+  return combine(context, rows, "rows", NULL, weights, "weights", NULL, out, error);
+}
+
+flatmtl_status flatmtl_combine_pair(const flatmtl_context *context, const flatmtl_rows *loss_rows,
+                                    const flatmtl_rows *perturbed_rows, const double *loss_weights,
+                                    const double *flat_weights, const flatmtl_vector *out, flatmtl_error *error) {
+  if (!perturbed_rows) return fm_fail(error, FLATMTL_ERROR_NULL, "perturbed_rows", -1, -1, NAN);
+  return combine(context, loss_rows, "loss_rows", perturbed_rows, loss_weights, "loss_weights", flat_weights, out,
+                 error);
+}
+
+flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vector *params, const flatmtl_rows *saved,
+                               const flatmtl_rows *gradient, const double *scale, int adaptive, double eta,
+                               flatmtl_error *error) {
+  flatmtl_status status = fm_check_vector(params, "params", error);
+  if (status == FLATMTL_OK) status = fm_check_rows(saved, 1, "saved", error);
+  if (status == FLATMTL_OK) status = fm_check_rows(gradient, 1, "gradient", error);
+  if (status == FLATMTL_OK) status = fm_check_same_table(saved, gradient, "gradient", error);
+  if (status == FLATMTL_OK) status = fm_check_finite(scale, params->num_segments, "scale", error);
+  if (status == FLATMTL_OK) status = fm_check_context(context, 1, error);
+  if (status != FLATMTL_OK) return status;
+  if (adaptive && !(eta >= 0.0 && eta < INFINITY)) return fm_fail(error, FLATMTL_ERROR_OPTION, "eta", -1, -1, eta);
+  const flatmtl_rows target = fm_as_rows(params);
+  const fm_buffers inputs[] = {{"saved", saved, NULL, 1}, {"gradient", gradient, NULL, 1}};
+  status = check_output(context, &target, "params", saved, inputs, 2, error);
+  if (status != FLATMTL_OK) return status;
+  job job = {.out = &target, .saved = saved, .gradient = gradient, .scale = scale, .adaptive = adaptive, .eta = eta};
+  run(context, &job, perturb_range);
+  return FLATMTL_OK;
+}
+
+flatmtl_status flatmtl_copy(const flatmtl_context *context, const flatmtl_vector *to, const flatmtl_rows *from,
+                            flatmtl_error *error) {
+  flatmtl_status status = fm_check_vector(to, "to", error);
+  if (status == FLATMTL_OK) status = fm_check_rows(from, 1, "from", error);
+  if (status == FLATMTL_OK) status = fm_check_context(context, 1, error);
+  if (status != FLATMTL_OK) return status;
+  const flatmtl_rows target = fm_as_rows(to);
+  const fm_buffers inputs[] = {{"from", from, NULL, 1}};
+  status = check_output(context, &target, "to", from, inputs, 1, error);
+  if (status != FLATMTL_OK) return status;
+  job job = {.out = &target, .saved = from};
+  run(context, &job, copy_range);
+  return FLATMTL_OK;
+}
