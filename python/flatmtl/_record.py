@@ -30,7 +30,7 @@ def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, s
             families.append(("flat", pair[count:, count:], weights_flat))
         for k, (family, gramian, weights) in enumerate(families):
             norms = gramian.diagonal().sqrt()
-            cosine = (gramian / norms[:, None] / norms).clamp(-1.0, 1.0)  # NaN where a norm is 0
+            cosine = (gramian / (norms[:, None] * norms)).clamp(-1.0, 1.0)  # NaN where a norm is 0
             record[f"norms_{family}"] = _spread(norms, at, total)
             index = torch.tensor(at)
             record[f"cosine_{family}"][index[:, None], index] = cosine

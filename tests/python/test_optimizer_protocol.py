@@ -255,7 +255,7 @@ def test_torch_optimizer_inputs(case: object) -> None:
     assert sign * losses[-1] < sign * losses[0]
     other = copy.deepcopy(model)
     resumed = INFO.optim_cls(list(other.parameters()), **kwargs)
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch shares the tensors otherwise
     assert run(model, optimizer, 3) == run(other, resumed, 3)
     assert equal(values(model), values(other))
 

@@ -183,7 +183,7 @@ def test_containers_give_the_same_step(wrap: object) -> None:
     losses = optimizer.step(lambda: wrap(closure_of(model, x, y)()))  # type: ignore[operator]
     assert equal(values(plain), values(model))
     got = list(losses.values()) if isinstance(losses, dict) else list(losses)
-    assert [float(v) for v in got] == [float(v) for v in expected]
+    assert [float(v) for v in got] == [float(v.detach()) for v in expected]
     assert not any(v.requires_grad for v in got)
     if not isinstance(losses, Tensor):
         kind = type(wrap([torch.zeros(()), torch.ones(())]))  # type: ignore[operator]
