@@ -8,13 +8,27 @@
 from . import _ops as _ops  # loads the library
 from . import script as script
 from ._step import NonFiniteError
-from .aggregators import MGDA, IMTLG, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
+from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "MGDA", "IMTLG", "Aggregator", "CAGrad", "FairGrad", "Fixed", "FlatMTL", "Mean", "NashMTL", "NonFiniteError",
-    "PCGrad", "Sum", "aggregate", "gramian", "script", "weights",
+    "IMTLG",
+    "MGDA",
+    "Aggregator",
+    "CAGrad",
+    "FairGrad",
+    "Fixed",
+    "FlatMTL",
+    "Mean",
+    "NashMTL",
+    "NonFiniteError",
+    "PCGrad",
+    "Sum",
+    "aggregate",
+    "gramian",
+    "script",
+    "weights",
 ]  # fmt: skip

@@ -132,7 +132,7 @@ def _check_differentiable(what: str, value: Tensor) -> None:
 
 
 def _node_name(node: Any) -> str:
-    return node.name().rsplit("::", 1)[-1]
+    return str(node.name()).rsplit("::", 1)[-1]
 
 
 def _numel(edge: GradientEdge) -> int | None:
@@ -183,7 +183,7 @@ def _follow_element(edge: GradientEdge) -> GradientEdge | None:
     """Where a 0-d loss starts: itself, or the scalar it was, if it is an element of a stack. None if it is an element
     of a vector that was computed as a whole."""
     start = _through_reshapes(edge)
-    node = start.node
+    node: Any = start.node
     name = _node_name(node)
     if name == "SelectBackward0":
         index, parents = node._saved_index, _inputs(node)
@@ -211,7 +211,8 @@ def like_container(container: Any, values: list[Tensor | None]) -> Any:
     if isinstance(container, Mapping):
         return dict(zip(container, values, strict=True))
     if isinstance(container, tuple):
-        return type(container)(*values) if hasattr(container, "_fields") else tuple(values)
+        make: Any = type(container)
+        return make(*values) if hasattr(container, "_fields") else tuple(values)
     return list(values)
 
 

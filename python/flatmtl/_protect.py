@@ -117,7 +117,7 @@ class Buffers:
                 if buffer.shape == value.shape:
                     buffer.copy_(value)
                 else:
-                    buffer.set_(value.clone())
+                    buffer.set_(value.clone().untyped_storage(), 0, value.shape, value.stride())
 
 
 def _current(slot: tuple[nn.Module, str, Tensor]) -> Tensor:
@@ -153,11 +153,10 @@ class Pass:
             self._rng.restore()
 
 
-def noted(error: BaseException, note: str) -> BaseException:
-    """`error` with a note (PEP 678; a plain attribute before Python 3.11)."""
+def noted(error: BaseException, note: str) -> None:
+    """Adds a note to `error` (PEP 678; a plain attribute before Python 3.11)."""
     add: Callable[[str], None] | None = getattr(error, "add_note", None)
     if add is not None:
         add(note)
     else:
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # type: ignore[attr-defined]
-    return error

@@ -325,6 +325,7 @@ class Step:
             for state in self.present:
                 for k, i in enumerate(state.own):
                     gradient = state.grads[i] if weights_flat is None else state.own_perturbed[k]
+                    assert gradient is not None
                     if self.update[i] is None:
                         self.update[i] = out[i].copy_(gradient)
                     else:  # only with shared=: an own parameter that several losses reach

@@ -165,7 +165,7 @@ class FlatMTL(Optimizer):
 
     # -- the step --------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Makes one F-MTL step, or, without a closure, applies `.grad` by the wrapped optimizer.
@@ -189,7 +189,7 @@ class FlatMTL(Optimizer):
                 self._apply()
         return losses
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def backward(self, closure: Any, grad_scaler: Any = None) -> Any:
         """All of a step but the wrapped optimizer's update: parameters restored, the combined update in `.grad`.
@@ -251,10 +251,12 @@ class FlatMTL(Optimizer):
         try:
             return self.optimizer.step()
         except BaseException as error:
-            raise noted(
-                error, "flatmtl: raised inside the wrapped optimizer's own update; parameters and its state may be "
-                "changed in part"
-            )  # fmt: skip
+            noted(
+                error,
+                "flatmtl: raised inside the wrapped optimizer's own update; parameters and its state may be changed "
+                "in part",
+            )
+            raise
 
     def _check_tasks(self, step: Step) -> None:
         tasks = [state.task for state in step.tasks]
@@ -285,7 +287,7 @@ class FlatMTL(Optimizer):
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's `state` and `param_groups`, and `flatmtl`: roles, tasks, number of steps, seed.
 
@@ -307,7 +309,7 @@ class FlatMTL(Optimizer):
                 state_dict = result
         return state_dict
 
-    @torch._disable_dynamo
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a `state_dict` of this class, or a plain one of the wrapped optimizer (roles are then found anew)."""
         state_dict = dict(state_dict)

@@ -13,7 +13,13 @@ class TwoHeads(nn.Module):
     """A trunk and `tasks` heads; optionally BatchNorm and dropout in the trunk."""
 
     def __init__(
-        self, tasks: int = 2, width: int = 8, *, norm: bool = False, dropout: float = 0.0, dtype: torch.dtype = torch.float64
+        self,
+        tasks: int = 2,
+        width: int = 8,
+        *,
+        norm: bool = False,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = [nn.Linear(5, width, dtype=dtype), nn.Tanh()]
@@ -34,7 +40,9 @@ def two_heads(seed: int = 0, **options: object) -> TwoHeads:
     return TwoHeads(**options)  # type: ignore[arg-type]
 
 
-def batch(seed: int = 0, tasks: int = 2, size: int = 16, dtype: torch.dtype = torch.float64) -> tuple[Tensor, list[Tensor]]:
+def batch(
+    seed: int = 0, tasks: int = 2, size: int = 16, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, list[Tensor]]:
     g = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(size, 5, generator=g, dtype=dtype)
     return x, [torch.randint(0, 3, (size,), generator=g) for _ in range(tasks)]

@@ -8,14 +8,13 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import flatmtl
 import pytest
 import torch
 import torch.nn.functional as F
 from models import TwoHeads, batch, closure_of, equal, two_heads, values
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
-
-import flatmtl
 
 
 class Setup:
@@ -64,8 +63,10 @@ def raising_at(setup: Setup, call: int, error: BaseException, where: str) -> Cal
         if k == call and where == "after":
             raise error
         if k == call and where == "backward":
+
             def hook(grad: Tensor) -> Tensor:
                 raise error
+
             losses[min(k, 1)].register_hook(hook) if k == 0 else losses[k - 1].register_hook(hook)
         return losses
 
@@ -173,7 +174,8 @@ def test_nonfinite(policy: str, kind: str, task: int, call: int) -> None:
         setup.check_untouched()
     else:
         losses = setup.optimizer.step(closure)
-        assert len(losses) == 2 and setup.optimizer.last["skipped"]
+        assert len(losses) == 2
+        assert setup.optimizer.last["skipped"]
         assert all(p.grad is None for p in setup.model.parameters())
         for p, g in zip(setup.model.parameters(), setup.grads, strict=True):
             p.grad = g  # all else is as it was
@@ -191,6 +193,7 @@ def bad_closures(setup: Setup) -> dict[str, tuple[Any, type[Exception], str]]:
             if next(calls) == at:
                 change()
             return losses
+
         return closure
 
     def in_place() -> None:
@@ -220,16 +223,16 @@ def bad_closures(setup: Setup) -> dict[str, tuple[Any, type[Exception], str]]:
         "no graph": (lambda: [v.detach() for v in setup.closure()], RuntimeError, "task 0 has no graph"),
         "complex": (lambda: [v.to(torch.complex64) for v in setup.closure()], TypeError, "complex"),
         "backward in closure": (
-            lambda: [(v.backward(), v)[1] for v in [sum(setup.closure())]] * 2, RuntimeError, "second time|retain_graph"),
-        "fewer losses in a perturbed pass": (losing, RuntimeError, "a list of 2 in the unperturbed pass, but a list of 1"),
+            lambda: [(v.backward(), v)[1] for v in [sum(setup.closure())]] * 2, RuntimeError, "second time"),
+        "fewer losses in a perturbed pass": (losing, RuntimeError, "a list of 2 in .* but a list of 1"),
         "other container in a perturbed pass": (changing_container, RuntimeError, "a list of 2 .* a tuple of 2"),
         "absent in a perturbed pass only": (vanishing, RuntimeError, "None in the perturbed pass only"),
         "more tasks than before": (lambda: [*setup.closure(), setup.closure()[0]], RuntimeError, "earlier steps had"),
-        "changed in the unperturbed pass": (changing(in_place), RuntimeError, r"\['params'\]\[0\] was changed in place"),
+        "changed in the unperturbed pass": (changing(in_place), RuntimeError, r"\[0\] was changed in place"),
         "changed in a perturbed pass": (changing(in_place, 1), RuntimeError, "was changed in place"),
         "no closures": ([], ValueError, "closure is empty"),
         "not callable": ([setup.closure, 3], TypeError, r"closure\[1\] must be callable"),
-        "key of a strange type": (lambda: dict(zip([(1,), (2,)], setup.closure(), strict=True)), TypeError, "str or int"),
+        "strange key": (lambda: dict(zip([(1,), (2,)], setup.closure(), strict=True)), TypeError, "str or int"),
     }  # fmt: skip
 
 
@@ -249,7 +252,7 @@ def test_sparse_and_complex_and_no_parameters() -> None:
         optimizer.step(lambda: table(torch.tensor([1, 2])).sum())
     assert table.weight.grad is None
     weight = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(TypeError, match="'w' is torch.complex64"):
+    with pytest.raises(TypeError, match=r"'w' is torch\.complex64"):
         flatmtl.FlatMTL(SGD([("w", weight)], lr=0.1)).step(lambda: weight.abs().sum())
     frozen = nn.Parameter(torch.zeros(2), requires_grad=False)
     with pytest.raises(RuntimeError, match="no parameter"):
@@ -320,7 +323,7 @@ def test_dropout_masks_and_the_generator_afterwards(replay: bool) -> None:
     model = two_heads(dropout=0.5)
     x, y = batch()
     masks = []
-    model.trunk[-1].register_forward_hook(lambda m, args, out: masks.append((out == 0)))
+    model.trunk[-1].register_forward_hook(lambda m, args, out: masks.append(out == 0))
     torch.manual_seed(7)
     closure_of(model, x, y)()
     after_one = torch.get_rng_state()
@@ -342,7 +345,9 @@ def test_per_task_closures_replay_their_own_draws() -> None:
         return F.cross_entropy(model.heads[i](z), y[i])
 
     flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1)).step([lambda: closure(0), lambda: closure(1)])
-    assert torch.equal(*masks[0]) and torch.equal(*masks[1]) and not torch.equal(masks[0][0], masks[1][0])
+    assert torch.equal(*masks[0])
+    assert torch.equal(*masks[1])
+    assert not torch.equal(masks[0][0], masks[1][0])
 
 
 def test_storage_is_stable_and_versions_are_bumped() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict, namedtuple
 
+import flatmtl
 import pytest
 import torch
 import torch.nn.functional as F
 from models import batch, closure_of, equal, two_heads, values
 from torch import Tensor, nn
-
-import flatmtl
 
 SGD = torch.optim.SGD
 
@@ -44,7 +43,10 @@ def test_quadratic_losses_match_the_closed_form(hessians: list[Tensor], theta: n
 
 
 def test_linear_losses_rise_by_rho_times_the_norm(theta: nn.Parameter) -> None:
-    a = [torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64), torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64)]
+    a = [
+        torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64),
+        torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64),
+    ]
     optimizer = flatmtl.FlatMTL(SGD([theta], lr=0.1), aggregator="sum", rho=0.5)
     optimizer.step(lambda: [v @ theta for v in a])
     torch.testing.assert_close(optimizer.last["sharpness"], torch.tensor([2.5, 0.5], dtype=torch.float64))
@@ -158,7 +160,8 @@ def test_number_of_forwards_and_rho_zero() -> None:
     assert len(calls) == 1
     for p, q in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-12, atol=1e-15)
-    assert optimizer.last["perturbed_losses"].isnan().all() and optimizer.last["weights_flat"].isnan().all()
+    assert optimizer.last["perturbed_losses"].isnan().all()
+    assert optimizer.last["weights_flat"].isnan().all()
     assert optimizer.last["weights_loss"].tolist() == [1.0, 1.0, 1.0]
 
 
@@ -206,10 +209,12 @@ def test_one_closure_a_task_and_closures_that_take_the_task() -> None:
             optimizer.step(closure_of(model, x, y))
         elif form == "list":
             losses = optimizer.step([lambda m=model: head(m, 0), lambda m=model: head(m, 1)])
-            assert isinstance(losses, list) and ran == [0, 1, 0, 1]
+            assert isinstance(losses, list)
+            assert ran == [0, 1, 0, 1]
         elif form == "dict":
             losses = optimizer.step({"a": lambda m=model: head(m, 0), "b": lambda m=model: head(m, 1)})
-            assert list(losses) == ["a", "b"] and ran == [0, 1, 0, 1]
+            assert list(losses) == ["a", "b"]
+            assert ran == [0, 1, 0, 1]
             assert optimizer.last["tasks"] == ["a", "b"]
         elif form == "task":
             optimizer.step(lambda task, m=model: [head(m, 0), head(m, 1)] if task is None else head(m, task))
@@ -243,8 +248,10 @@ def test_own_parameters_under_shared_get_the_sum_of_their_perturbed_gradients() 
     a, b = (nn.Parameter(torch.tensor([v], dtype=torch.float64)) for v in (1.0, 2.0))
     optimizer = flatmtl.FlatMTL(SGD([a, b], lr=1.0), shared=[a], aggregator="sum", rho=(0.0, 0.5))
     optimizer.backward(lambda: [a.square().sum() + b.square().sum(), 3 * b.square().sum() + a.sum()])
-    assert a.grad is not None and float(a.grad) == pytest.approx(2.0 + 1.0)
-    assert b.grad is not None and float(b.grad) == pytest.approx(2 * 2.5 + 6 * 2.5)
+    assert a.grad is not None
+    assert float(a.grad) == pytest.approx(2.0 + 1.0)
+    assert b.grad is not None
+    assert float(b.grad) == pytest.approx(2 * 2.5 + 6 * 2.5)
 
 
 # -- roles ------------------------------------------------------------------------------------------------------------
@@ -258,7 +265,8 @@ def test_roles_are_found_grow_and_are_saved() -> None:
     optimizer = flatmtl.FlatMTL(SGD([*model.parameters(), unused, frozen], lr=0.1, weight_decay=0.1))
     optimizer.step(closure_of(model, x, y))
     assert optimizer.state_dict()["flatmtl"]["roles"] == [-1, -1, 0, 0, 1, 1, None, None]
-    assert unused.grad is None and torch.equal(unused, torch.zeros(2, dtype=torch.float64))
+    assert unused.grad is None
+    assert torch.equal(unused, torch.zeros(2, dtype=torch.float64))
 
     def crossed() -> list[Tensor]:  # task 0 now reads head 1 as well
         z = model.trunk(x)
@@ -278,7 +286,13 @@ def test_tied_weights_count_once() -> None:
     optimizer.step(closure_of(model, x, y))
     named = dict(model.named_parameters())
     roles = dict(zip(named, optimizer.state_dict()["flatmtl"]["roles"], strict=True))
-    assert roles == {"trunk.0.weight": -1, "trunk.0.bias": -1, "heads.0.weight": -1, "heads.0.bias": 0, "heads.1.bias": 1}
+    assert roles == {
+        "trunk.0.weight": -1,
+        "trunk.0.bias": -1,
+        "heads.0.weight": -1,
+        "heads.0.bias": 0,
+        "heads.1.bias": 1,
+    }
 
 
 def test_absent_tasks_take_no_part() -> None:
@@ -305,7 +319,8 @@ def test_absent_tasks_take_no_part() -> None:
         if kind != "without":
             assert optimizer.last["weights_loss"].isnan().tolist() == [False, True, False]
             assert model.heads[1].weight.grad is None
-    assert equal(results[0], results[1]) and equal(results[0], results[2])
+    assert equal(results[0], results[1])
+    assert equal(results[0], results[2])
 
 
 def test_record() -> None:
@@ -319,12 +334,15 @@ def test_record() -> None:
     assert torch.equal(record["sharpness"], record["perturbed_losses"] - record["losses"])
     assert (record["sharpness"] > 0).all()
     for key in ("norms_loss", "norms_flat", "weights_loss", "weights_flat"):
-        assert record[key].shape == (2,) and record[key].dtype == torch.float64 and record[key].isfinite().all()
+        assert record[key].shape == (2,)
+        assert record[key].dtype == torch.float64
+        assert record[key].isfinite().all()
     for key in ("cosine_loss", "cosine_flat"):
         torch.testing.assert_close(record[key].diagonal(), torch.ones(2, dtype=torch.float64))
         assert torch.equal(record[key], record[key].T)
     assert record["weights_loss"].sum() == pytest.approx(1.0)
-    assert not record["pareto_stationary_loss"] and not record["skipped"]
+    assert not record["pareto_stationary_loss"]
+    assert not record["skipped"]
 
 
 def test_pareto_stationary_shows_in_the_record() -> None:
