@@ -1,15 +1,14 @@
-#include "kernels.h"
+#include <stddef.h>
 
+#include "kernels.h"
 #if defined(__AVX2__) && defined(__FMA__)
 #include <immintrin.h>
 #define FM_TABLE fm_kernels_avx2
 #define FM_ISA "avx2"
 #define FM_WIDTH 4
-#define FM_TILE_ROWS 3
+#define FM_TILE_ROWS 2
 #define FM_FMA(a, b, c) ((fm_vd)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
-#define FM_WIDEN(v) _mm256_cvtps_pd((__m128)(v))
-#define FM_NARROW(v) _mm256_cvtpd_ps((__m256d)(v))
 #include "kernels_body.h"
 #else
-const fm_kernels *const fm_kernels_avx2 = 0;
+const fm_kernels *const fm_kernels_avx2 = NULL;
 #endif

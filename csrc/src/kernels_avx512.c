@@ -1,15 +1,14 @@
-#include "kernels.h"
+#include <stddef.h>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#include "kernels.h"
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 #include <immintrin.h>
 #define FM_TABLE fm_kernels_avx512
 #define FM_ISA "avx512"
 #define FM_WIDTH 8
 #define FM_TILE_ROWS 4
 #define FM_FMA(a, b, c) ((fm_vd)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
-#define FM_WIDEN(v) _mm512_cvtps_pd((__m256)(v))
-#define FM_NARROW(v) _mm512_cvtpd_ps((__m512d)(v))
 #include "kernels_body.h"
 #else
-const fm_kernels *const fm_kernels_avx512 = 0;
+const fm_kernels *const fm_kernels_avx512 = NULL;
 #endif

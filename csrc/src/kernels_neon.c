@@ -1,15 +1,14 @@
-#include "kernels.h"
+#include <stddef.h>
 
-#if defined(__aarch64__) && defined(__ARM_NEON)
+#include "kernels.h"
+#if defined(__aarch64__)
 #include <arm_neon.h>
 #define FM_TABLE fm_kernels_neon
 #define FM_ISA "neon"
 #define FM_WIDTH 2
 #define FM_TILE_ROWS 4
 #define FM_FMA(a, b, c) ((fm_vd)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
-#define FM_WIDEN(v) vcvt_f64_f32((float32x2_t)(v))
-#define FM_NARROW(v) vcvt_f32_f64((float64x2_t)(v))
 #include "kernels_body.h"
 #else
-const fm_kernels *const fm_kernels_neon = 0;
+const fm_kernels *const fm_kernels_neon = NULL;
 #endif
