@@ -2,7 +2,7 @@
 //
 // Every op checks its tensors, hands their buffers to the C core and computes nothing itself. Registered for all
 // backends (CompositeExplicitAutograd) rather than for the CPU alone: the dispatcher then finds the op for empty lists
-// too, and tensors of other devices get our message. There is no autograd: results do not require grad. Version
+// too, and tensors of other devices get our message. There is no autograd: call them under no_grad. Version
 // counters of the tensors written to are the caller's business (torch.autograd.graph.increment_version).
 #include <cmath>
 #include <optional>
