@@ -1,4 +1,6 @@
 // The passes over memory, against sums in long double, and bit for bit against themselves.
+#include <algorithm>
+#include <array>
 #include <cmath>
 
 #include "catch.h"
@@ -76,17 +78,18 @@ TEST_CASE("Combination, perturbation and copy agree with their definitions") {
                         : dtype == FLATMTL_F32 ? 6e-8
                         : dtype == FLATMTL_F16 ? 4.9e-4
                                                : 4e-3;
+    double worst = 0.0;
     REQUIRE(flatmtl_combine_pair(context, &gr, &sr, a.data(), b.data(), &target, nullptr) == FLATMTL_OK);
     for (int64_t p = 0; p < g.length(); p++) {
       double sum = 0.0;
       for (int32_t i = 0; i < 3; i++) sum = (sum + a[i] * g.get(i, p)) + b[i] * (s.get(i, p) - g.get(i, p));
-      REQUIRE(std::fabs(out.get(0, p) - sum) <= unit * std::fabs(sum) + 3.1e-8);
+      worst = std::max(worst, std::fabs(out.get(0, p) - sum) - unit * std::fabs(sum));
     }
     REQUIRE(flatmtl_combine(context, &gr, a.data(), &target, nullptr) == FLATMTL_OK);
     for (int64_t p = 0; p < g.length(); p++) {
       double sum = 0.0;
       for (int32_t i = 0; i < 3; i++) sum += a[i] * g.get(i, p);
-      REQUIRE(std::fabs(out.get(0, p) - sum) <= unit * std::fabs(sum) + 3.1e-8);
+      worst = std::max(worst, std::fabs(out.get(0, p) - sum) - unit * std::fabs(sum));
     }
     const Rows direction = g;
     const flatmtl_rows gradient = {dtype, 1, 4, g.lengths.data(), g.pointers.data()};
@@ -96,9 +99,10 @@ TEST_CASE("Combination, perturbation and copy agree with their definitions") {
       for (int64_t p = 0; p < g.length(); p++) {
         const double t = adaptive ? std::fabs(saved.get(0, p)) + 0.5 : 1.0;
         const double moved = saved.get(0, p) + scale[p < 700 ? 0 : p < 705 ? 2 : 3] * (t * t) * g.get(0, p);
-        REQUIRE(std::fabs(out.get(0, p) - moved) <= unit * std::fabs(moved) + 3.1e-8);
+        worst = std::max(worst, std::fabs(out.get(0, p) - moved) - unit * std::fabs(moved));
       }
     }
+    REQUIRE(worst <= 3.1e-8);
     REQUIRE(flatmtl_copy(context, &target, &saved_row, nullptr) == FLATMTL_OK);
     REQUIRE(out.recut(out.lengths).bytes == saved.recut(saved.lengths).bytes);
     REQUIRE(g.bytes == direction.bytes);
@@ -106,7 +110,7 @@ TEST_CASE("Combination, perturbation and copy agree with their definitions") {
 }
 
 TEST_CASE("Bits do not depend on the instruction set, the threads or the segments") {
-  const int64_t n = 70001;
+  const int64_t n = 40001;  // three chunks
   const std::string before = flatmtl_isa();
   for (auto dtype : dtypes)
     for (int32_t k : {1, 4, 11}) {
@@ -117,32 +121,33 @@ TEST_CASE("Bits do not depend on the instruction set, the threads or the segment
       std::vector<double> a(k, 0.1), b(k, -0.7), first;
       std::vector<char> first_out;
       for (const auto &isa : instruction_sets())
-        for (int threads : {1, 2, 3, 7})
-          for (const auto &cut : cuts(n)) {
-            REQUIRE(flatmtl_select_isa(isa.c_str(), nullptr) == FLATMTL_OK);
-            Context context(k, threads);
-            const Rows gc = g.recut(cut), sc = s.recut(cut), tc = theta.recut(cut);
-            Rows combined(dtype, 1, cut), moved(dtype, 1, cut);
-            const auto gr = gc.rows(), sr = sc.rows(), tr = tc.rows();
-            const auto c = combined.vector(), m = moved.vector();
-            std::vector<double> results(4 * k * k + 2 * k), scale(cut.size(), 0.01);
-            REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, results.data(), nullptr) == FLATMTL_OK);
-            REQUIRE(flatmtl_sq_norms(context, &gr, nullptr, 0.0, &results[4 * k * k], nullptr) == FLATMTL_OK);
-            REQUIRE(flatmtl_sq_norms(context, &gr, &tr, 0.1, &results[4 * k * k + k], nullptr) == FLATMTL_OK);
-            REQUIRE(flatmtl_combine_pair(context, &gr, &sr, a.data(), b.data(), &c, nullptr) == FLATMTL_OK);
-            const flatmtl_rows row = {dtype, 1, gr.num_segments, gr.lengths, gr.data};
-            REQUIRE(flatmtl_perturb(context, &m, &tr, &row, scale.data(), 1, 0.1, nullptr) == FLATMTL_OK);
-            std::vector<char> out = combined.recut({n}).bytes;
-            const std::vector<char> more = moved.recut({n}).bytes;
-            out.insert(out.end(), more.begin(), more.end());
-            if (first.empty()) {
-              first = results;
-              first_out = out;
-            }
-            CAPTURE(isa, threads, cut.size(), k, static_cast<int>(dtype));
-            REQUIRE(std::memcmp(first.data(), results.data(), first.size() * sizeof(double)) == 0);
-            REQUIRE(first_out == out);
+        for (size_t way = 0; way < 4; way++) {
+          const int threads = std::array<int, 4>{{1, 2, 3, 7}}[way];
+          const auto cut = cuts(n)[way];
+          REQUIRE(flatmtl_select_isa(isa.c_str(), nullptr) == FLATMTL_OK);
+          Context context(k, threads);
+          const Rows gc = g.recut(cut), sc = s.recut(cut), tc = theta.recut(cut);
+          Rows combined(dtype, 1, cut), moved(dtype, 1, cut);
+          const auto gr = gc.rows(), sr = sc.rows(), tr = tc.rows();
+          const auto c = combined.vector(), m = moved.vector();
+          std::vector<double> results(4 * k * k + 2 * k), scale(cut.size(), 0.01);
+          REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, results.data(), nullptr) == FLATMTL_OK);
+          REQUIRE(flatmtl_sq_norms(context, &gr, nullptr, 0.0, &results[4 * k * k], nullptr) == FLATMTL_OK);
+          REQUIRE(flatmtl_sq_norms(context, &gr, &tr, 0.1, &results[4 * k * k + k], nullptr) == FLATMTL_OK);
+          REQUIRE(flatmtl_combine_pair(context, &gr, &sr, a.data(), b.data(), &c, nullptr) == FLATMTL_OK);
+          const flatmtl_rows row = {dtype, 1, gr.num_segments, gr.lengths, gr.data};
+          REQUIRE(flatmtl_perturb(context, &m, &tr, &row, scale.data(), 1, 0.1, nullptr) == FLATMTL_OK);
+          std::vector<char> out = combined.recut({n}).bytes;
+          const std::vector<char> more = moved.recut({n}).bytes;
+          out.insert(out.end(), more.begin(), more.end());
+          if (first.empty()) {
+            first = results;
+            first_out = out;
           }
+          CAPTURE(isa, threads, cut.size(), k, static_cast<int>(dtype));
+          REQUIRE(std::memcmp(first.data(), results.data(), first.size() * sizeof(double)) == 0);
+          REQUIRE(first_out == out);
+        }
     }
   flatmtl_select_isa(before.c_str(), nullptr);
 }
@@ -169,20 +174,20 @@ TEST_CASE("Every half precision number widens exactly and rounds to the nearest,
       // w x for w slightly off a power of two lands between neighbours everywhere
       for (double w : {1.0 + 0x1p-9, 1.0 + 0x1p-12, 1.0 + 0x1p-11 + 0x1p-40, 0.7, 1.0 + 0x1p-8}) {
         REQUIRE(flatmtl_combine(context, &rows, &w, &vector, nullptr) == FLATMTL_OK);
+        int wrong = 0;
         for (uint32_t h = 0; h + 2 < infinity; h++) {
           const double x = w * value(static_cast<uint16_t>(h));
           const uint16_t got = out[h];
           if (got == infinity) {
-            REQUIRE(x > value(static_cast<uint16_t>(infinity - 1)));
+            wrong += !(x > value(static_cast<uint16_t>(infinity - 1)));
             continue;
           }
           const double error = std::fabs(value(got) - x);
           const double up = got + 1 < infinity ? value(static_cast<uint16_t>(got + 1)) - x : INFINITY;
           const double down = got > 0 ? x - value(static_cast<uint16_t>(got - 1)) : INFINITY;
-          REQUIRE(error <= up);
-          REQUIRE(error <= down);
-          if (error == up || error == down) REQUIRE(got % 2 == 0);
+          wrong += error > up || error > down || ((error == up || error == down) && got % 2 != 0);
         }
+        REQUIRE(wrong == 0);
       }
     }
   }
