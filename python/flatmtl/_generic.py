@@ -90,7 +90,7 @@ def combine_pair_(out: Row, loss_rows: Rows, perturbed_rows: Rows, loss_weights:
     for target, *pieces in _pieces([out, *loss_rows, *perturbed_rows]):
         total = torch.zeros_like(_wide(target))
         for i, (g, s) in enumerate(zip(pieces[:count], pieces[count:], strict=True)):
-            total += _wide(g) * a[i] + _flat_gradient(g, s) * b[i]
+            total += _wide(g) * a[i] + (_wide(s) - _wide(g)) * b[i]
         target.copy_(total)
 
 

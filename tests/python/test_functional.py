@@ -40,7 +40,7 @@ def test_aggregate_is_the_weighted_sum(name, dtype):
 
 
 def test_weights_of_two_tasks_in_closed_form():
-    g = torch.tensor([[4.0, -1.0], [-1.0, 2.0]])
+    g = torch.tensor([[4.0, -1.0], [-1.0, 2.0]]).double()
     d = g.diagonal().sqrt().numpy()
     cosine = -1.0 / (d[0] * d[1])
     expected = {
@@ -169,9 +169,10 @@ ERRORS = {
     "not square": (lambda: flatmtl.weights(torch.ones(2, 3), "sum"), ValueError, r"shape \(2, 3\); it must be K x K"),
     "method": (lambda: flatmtl.aggregate([[ONE]], "CAGrad"), ValueError, "Did you mean 'cagrad'.*'nash_mtl'"),
     "option": (
-        lambda: flatmtl.weights(GRAMIAN, "cagrad", alpha=2), TypeError, "'cagrad' has no option 'alpha'.*options are 'c'",
+        lambda: flatmtl.weights(GRAMIAN, "cagrad", alpha=2), TypeError,
+        "'cagrad' has no option 'alpha'.*options are 'c'",
     ),
-    "no option": (lambda: flatmtl.weights(GRAMIAN, "sum", c=2), TypeError, "'sum' has no option 'c'; it has no options"),
+    "no option": (lambda: flatmtl.weights(GRAMIAN, "sum", c=2), TypeError, "'sum' has no option 'c'; it has no opt"),
     "class": (lambda: flatmtl.weights(GRAMIAN, flatmtl.CAGrad), TypeError, "a name, or an object like"),
     "object": (lambda: flatmtl.weights(GRAMIAN, flatmtl.CAGrad(), c=0.1), TypeError, "beside the object CAGrad"),
     "fixed": (lambda: flatmtl.weights(GRAMIAN, "fixed"), TypeError, "needs its option 'values'"),
