@@ -31,6 +31,12 @@ def test_scripted_and_called_again_with_the_same_rows():
     check(torch.jit.script(twice), random_rows(3))
 
 
+def test_rows_of_different_layouts():
+    rows = [[torch.randn(3, 4)], [torch.randn(4, 3).t()], [torch.randn(3, 8)[:, ::2]]]
+    first, *_ = torch.jit.script(twice)(rows)
+    torch.testing.assert_close(first, flatmtl.gramian(rows), rtol=0, atol=0)
+
+
 class Model(torch.nn.Module):
     def forward(self, rows: list[list[Tensor]]) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         first = flatmtl.script.gramian(rows)
