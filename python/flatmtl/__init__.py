@@ -12,7 +12,10 @@ from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean,
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL
 
-__version__ = "0.1.0"
+__version__: str = _ops.core.flatmtl_version().decode()
+
+#: Where CMake finds the C library: `cmake -DCMAKE_PREFIX_PATH=$(python -c "import flatmtl; print(flatmtl.cmake_prefix_path)")`
+cmake_prefix_path: str = str(_ops.LIBRARY_PATH.parent)
 
 __all__ = [
     "IMTLG",
@@ -28,6 +31,7 @@ __all__ = [
     "PCGrad",
     "Sum",
     "aggregate",
+    "cmake_prefix_path",
     "gramian",
     "script",
     "weights",
