@@ -1,8 +1,7 @@
 #include "quadprog.h"
 
-/* Accepted residuals, relative to (|C| |o+y|)_i: of what enters, and of the support after refinement. */
-#define FM_QUADPROG_TOLERANCE 0x1p-43
-#define FM_QUADPROG_REFINED 0x1p-48
+/* Accepted residual, relative to (|C| |o+y|)_i */
+#define TOLERANCE 0x1p-43
 
 #define real double
 #define NAME(x) x##_double
@@ -17,7 +16,8 @@
 #define DIV(x, y) ((x) / (y))
 #define SQRT(x) sqrt(x)
 #define ROUNDING 0x1p-51
-#define FM_QUADPROG_RETRY 1
+#define REFINED 0x1p-48
+#define MAY_GIVE_UP 1
 #include "quadprog_body.h"
 #undef real
 #undef NAME
@@ -32,7 +32,8 @@
 #undef DIV
 #undef SQRT
 #undef ROUNDING
-#undef FM_QUADPROG_RETRY
+#undef REFINED
+#undef MAY_GIVE_UP
 
 #define real fm_dd
 #define NAME(x) x##_dd
@@ -47,7 +48,8 @@
 #define DIV(x, y) fm_dd_div(x, y)
 #define SQRT(x) fm_dd_sqrt(x)
 #define ROUNDING 0x1p-98
-#define FM_QUADPROG_RETRY 0
+#define REFINED 0x1p-88
+#define MAY_GIVE_UP 0
 #include "quadprog_body.h"
 
 size_t fm_quadprog_work(int32_t n) {

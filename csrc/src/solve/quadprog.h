@@ -7,9 +7,10 @@
  *
  * Solved by a primal active-set method on a Cholesky factor of the support, which takes in one index at a time along
  * the direction that keeps the gradient on the support at 0 (Keller 1973; with support and constraint exchanged, Wolfe
- * 1976). Curvature that is not positive up to rounding is followed to the bound it meets, so that singular C, and C that is
- * positive semidefinite up to rounding alone, need no regularisation. The objective falls at every support, so none
- * comes twice. The method runs in double first, and again in double-double from there if the result does not pass. */
+ * 1976). Curvature that is not positive up to rounding is followed to the bound it meets, so that singular C, and C
+ * that is positive semidefinite up to rounding alone, need no regularisation. The objective falls at every support, so
+ * none comes twice. The method runs in double first, and again in double-double from there if the result does not pass.
+ */
 #ifndef FLATMTL_QUADPROG_H
 #define FLATMTL_QUADPROG_H
 
@@ -28,22 +29,22 @@ typedef enum fm_precision { FM_DOUBLE, FM_DOUBLE_DOUBLE } fm_precision;
 
 typedef struct fm_quadprog {
   int32_t n;
-  int32_t num_zero;      /* rows with G_ii = 0: they keep y_i = 0 */
-  int32_t size;          /* of the support */
-  int32_t *exponents;    /* [n] D_ii = 2^exponent */
-  int32_t *support;      /* [n] indices, in the order of the factor; read at the start, written at the end */
-  double *c;             /* [n * n] */
-  double *a;             /* [n] 2^(smallest exponent - exponent_i), 0 for zero rows */
-  double kappa;          /* a power of two, or 0 */
+  int32_t num_zero;   /* rows with G_ii = 0: they keep y_i = 0 */
+  int32_t size;       /* of the support */
+  int32_t *exponents; /* [n] D_ii = 2^exponent */
+  int32_t *support;   /* [n] indices, in the order of the factor; read at the start, written at the end */
+  double *c;          /* [n * n] */
+  double *a;          /* [n] 2^(smallest exponent - exponent_i), 0 for zero rows */
+  double kappa;       /* a power of two, or 0 */
   fm_dd mu;
-  fm_dd *c_offset;       /* [n] C o */
-  double *abs_c_offset;  /* [n] |C| |o| */
-  double *y;             /* [n] solution in FM_DOUBLE; a start if size > 0 */
-  fm_dd *y_dd;           /* [n] solution in FM_DOUBLE_DOUBLE */
-  double *ray;           /* [n] */
-  double *scale;         /* [n] (|C| |o+y|)_i */
-  double *factor;        /* [2 n * n] */
-  double *vectors;       /* [6 n] */
+  fm_dd *c_offset;      /* [n] C o */
+  double *abs_c_offset; /* [n] |C| |o| */
+  double *y;            /* [n] solution in FM_DOUBLE; a start if size > 0 */
+  fm_dd *y_dd;          /* [n] solution in FM_DOUBLE_DOUBLE */
+  double *ray;          /* [n] */
+  double *scale;        /* [n] (|C| |o+y|)_i */
+  double *factor;       /* [2 n * n] */
+  double *vectors;      /* [6 n] */
 } fm_quadprog;
 
 /* Doubles of work. */

@@ -5,15 +5,17 @@
  *   ADD SUB MUL DIV (x, y)      MULD(x, d): by a double
  *   SQRT(x)
  *   ROUNDING                    relative error of a sum's term
+ *   REFINED TOLERANCE           residual to aim at on the support, and the largest accepted
+ *   MAY_GIVE_UP                 whether a finer arithmetic follows
  */
 
 /* The factor in the order of the support: L L' = C_SS + kappa a_S a_S'. */
 typedef struct NAME(state) {
   fm_quadprog *problem;
-  real *l;        /* [n * n] */
-  real *y;        /* [n] */
-  real *r;        /* [n] gradient */
-  real *p;        /* [n] direction, by position in the support */
+  real *l; /* [n * n] */
+  real *y; /* [n] */
+  real *r; /* [n] gradient */
+  real *p; /* [n] direction, by position in the support */
 } NAME(state);
 
 static real NAME(entry)(const fm_quadprog *q, int32_t i, int32_t j) {
@@ -22,7 +24,7 @@ static real NAME(entry)(const fm_quadprog *q, int32_t i, int32_t j) {
 }
 
 /* r = C(o+y) + (kappa a'y - mu) a and its scale (|C| |o+y|)_i */
-static void NAME(gradient)(NAME(state) *s) {
+static void NAME(gradient)(NAME(state) * s) {
   const fm_quadprog *q = s->problem;
   const int32_t n = q->n;
   real ay = FROM(0.0);
@@ -44,7 +46,7 @@ static void NAME(gradient)(NAME(state) *s) {
 }
 
 /* x = L^-1 x */
-static void NAME(solve_lower)(const NAME(state) *s, real *x) {
+static void NAME(solve_lower)(const NAME(state) * s, real *x) {
   const int32_t n = s->problem->n, size = s->problem->size;
   for (int32_t i = 0; i < size; ++i) {
     const real *row = s->l + (size_t)i * n;
@@ -55,7 +57,7 @@ static void NAME(solve_lower)(const NAME(state) *s, real *x) {
 }
 
 /* x = L^-T x */
-static void NAME(solve_upper)(const NAME(state) *s, real *x) {
+static void NAME(solve_upper)(const NAME(state) * s, real *x) {
   const int32_t n = s->problem->n, size = s->problem->size;
   for (int32_t i = size - 1; i >= 0; --i) {
     const real *row = s->l + (size_t)i * n;
@@ -66,7 +68,7 @@ static void NAME(solve_upper)(const NAME(state) *s, real *x) {
 
 /* The next row of L for index k, written below the factor, without its diagonal entry; returns the pivot: the curvature
  * of the objective along the direction that keeps the gradient on the support. */
-static real NAME(next_row)(const NAME(state) *s, int32_t k) {
+static real NAME(next_row)(const NAME(state) * s, int32_t k) {
   const fm_quadprog *q = s->problem;
   real *row = s->l + (size_t)q->size * q->n;
   for (int32_t i = 0; i < q->size; ++i) row[i] = NAME(entry)(q, q->support[i], k);
@@ -80,14 +82,14 @@ static double NAME(pivot_error)(const fm_quadprog *q, int32_t k) {
   return (q->size + 4) * ROUNDING * HI(NAME(entry)(q, k, k));
 }
 
-static void NAME(append)(NAME(state) *s, int32_t k, real pivot) {
+static void NAME(append)(NAME(state) * s, int32_t k, real pivot) {
   fm_quadprog *q = s->problem;
   s->l[(size_t)q->size * q->n + q->size] = SQRT(pivot);
   q->support[q->size++] = k;
 }
 
 /* Takes the index at a position out of the support; rotations of columns make the factor triangular again. */
-static void NAME(drop)(NAME(state) *s, int32_t position) {
+static void NAME(drop)(NAME(state) * s, int32_t position) {
   fm_quadprog *q = s->problem;
   const int32_t n = q->n, size = --q->size;
   s->y[q->support[position]] = FROM(0.0);
@@ -111,7 +113,7 @@ static void NAME(drop)(NAME(state) *s, int32_t position) {
 }
 
 /* Factors the support that came; indices that depend on earlier ones leave it. */
-static void NAME(factorize)(NAME(state) *s) {
+static void NAME(factorize)(NAME(state) * s) {
   fm_quadprog *q = s->problem;
   const int32_t size = q->size;
   q->size = 0;
@@ -127,7 +129,7 @@ static void NAME(factorize)(NAME(state) *s) {
 }
 
 /* The longest step along p that keeps y >= 0 on the support, INFINITY if none; *position: who blocks. */
-static real NAME(longest_step)(const NAME(state) *s, int32_t *position) {
+static real NAME(longest_step)(const NAME(state) * s, int32_t *position) {
   const fm_quadprog *q = s->problem;
   real longest = FROM(INFINITY);
   *position = -1;
@@ -142,7 +144,7 @@ static real NAME(longest_step)(const NAME(state) *s, int32_t *position) {
   return longest;
 }
 
-static void NAME(move)(NAME(state) *s, real step) {
+static void NAME(move)(NAME(state) * s, real step) {
   const fm_quadprog *q = s->problem;
   for (int32_t i = 0; i < q->size; ++i) {
     real *yi = &s->y[q->support[i]];
@@ -153,7 +155,7 @@ static void NAME(move)(NAME(state) *s, real step) {
 
 /* Brings the gradient on the support to 0 by Newton steps on the factor (iterative refinement), as far as y >= 0
  * allows: an index that blocks leaves. Leaves the gradient at y in r. Returns whether it came below the tolerance. */
-static int NAME(refine)(NAME(state) *s) {
+static int NAME(refine)(NAME(state) * s) {
   fm_quadprog *q = s->problem;
   double previous = INFINITY;
   for (;;) {
@@ -163,8 +165,8 @@ static int NAME(refine)(NAME(state) *s) {
       const int32_t k = q->support[i];
       worst = fmax(worst, fabs(HI(s->r[k])) / q->scale[k]); /* fmax passes over 0 / 0 */
     }
-    if (worst <= FM_QUADPROG_REFINED) return 1;
-    if (!(worst <= 0.5 * previous)) return worst <= FM_QUADPROG_TOLERANCE;
+    if (worst <= REFINED) return 1;
+    if (!(worst <= 0.5 * previous)) return worst <= TOLERANCE;
     previous = worst;
     for (int32_t i = 0; i < q->size; ++i) s->p[i] = SUB(FROM(0.0), s->r[q->support[i]]);
     NAME(solve_lower)(s, s->p);
@@ -182,7 +184,7 @@ static int NAME(refine)(NAME(state) *s) {
 }
 
 /* r_k alone */
-static real NAME(gradient_at)(const NAME(state) *s, int32_t k) {
+static real NAME(gradient_at)(const NAME(state) * s, int32_t k) {
   const fm_quadprog *q = s->problem;
   real ay = FROM(0.0), sum = FROM_DD(q->c_offset[k]);
   for (int32_t i = 0; i < q->n; ++i) {
@@ -194,19 +196,19 @@ static real NAME(gradient_at)(const NAME(state) *s, int32_t k) {
 }
 
 /* The index out of the support with the steepest descent, -1 if none descends by more than rounding. */
-static int32_t NAME(entering)(const NAME(state) *s) {
+static int32_t NAME(entering)(const NAME(state) * s) {
   const fm_quadprog *q = s->problem;
   int32_t best = -1;
   for (int32_t i = 0; i < q->n; ++i) {
     const double r = HI(s->r[i]);
-    if (r < -FM_QUADPROG_TOLERANCE * q->scale[i] && HI(s->y[i]) == 0.0 && (best < 0 || r < HI(s->r[best]))) best = i;
+    if (r < -TOLERANCE * q->scale[i] && HI(s->y[i]) == 0.0 && (best < 0 || r < HI(s->r[best]))) best = i;
   }
   return best;
 }
 
 /* Raises y_k from 0 until the gradient at k vanishes, dropping what blocks on the way. The gradient on the support is 0
  * before and after. */
-static fm_quadprog_outcome NAME(enter)(NAME(state) *s, int32_t k) {
+static fm_quadprog_outcome NAME(enter)(NAME(state) * s, int32_t k) {
   fm_quadprog *q = s->problem;
   real rk = s->r[k];
   for (;;) {
@@ -227,7 +229,7 @@ static fm_quadprog_outcome NAME(enter)(NAME(state) *s, int32_t k) {
       return FM_QUADPROG_RAY;
     }
     /* Whether the step is blocked must not hang on the rounding of the pivot. */
-    if (!curved && !(HI(longest) * 2.0 * error <= -HI(rk)) && FM_QUADPROG_RETRY) return FM_QUADPROG_UNDECIDED;
+    if (!curved && !(HI(longest) * 2.0 * error <= -HI(rk)) && MAY_GIVE_UP) return FM_QUADPROG_UNDECIDED;
     const int blocked = blocking >= 0 && (!curved || HI(SUB(longest, newton)) < 0.0);
     const real step = blocked ? longest : newton;
     NAME(move)(s, step);
@@ -241,7 +243,7 @@ static fm_quadprog_outcome NAME(enter)(NAME(state) *s, int32_t k) {
   }
 }
 
-static fm_quadprog_outcome NAME(solve)(NAME(state) *s) {
+static fm_quadprog_outcome NAME(solve)(NAME(state) * s) {
   fm_quadprog *q = s->problem;
   NAME(factorize)(s);
   for (int32_t round = 0; round < 20 * q->n + 100; ++round) {
@@ -255,7 +257,7 @@ static fm_quadprog_outcome NAME(solve)(NAME(state) *s) {
 }
 
 /* See fm_quadprog_path. */
-static void NAME(path)(NAME(state) *s, fm_dd *ycy, fm_dd *ay, fm_dd *as) {
+static void NAME(path)(NAME(state) * s, fm_dd *ycy, fm_dd *ay, fm_dd *as) {
   const fm_quadprog *q = s->problem;
   real sum_ycy = FROM(0.0), sum_ay = FROM(0.0), sum_as = FROM(0.0);
   for (int32_t i = 0; i < q->size; ++i) {
