@@ -12,7 +12,7 @@
 #include "methods.h"
 #include "rows.h"
 
-enum { FM_RUN = 2048, FM_MOST_CHUNKS = 64, FM_PARTIAL_BYTES = 512 * 1024 };
+enum { FM_RUN = 2048, FM_LEAST_CHUNKS = 8, FM_MOST_CHUNKS = 64, FM_PARTIAL_BYTES = 512 * 1024 };
 
 static size_t pairs(int32_t n) {
   return (size_t)n * ((size_t)n + 1) / 2;
@@ -20,15 +20,19 @@ static size_t pairs(int32_t n) {
 
 static int64_t most_chunks(size_t sums) {
   const size_t chunks = FM_PARTIAL_BYTES / (sums * sizeof(double));
-  return chunks < 8 ? 8 : chunks > FM_MOST_CHUNKS ? FM_MOST_CHUNKS : (int64_t)chunks;
+  return chunks < FM_LEAST_CHUNKS ? FM_LEAST_CHUNKS : chunks > FM_MOST_CHUNKS ? FM_MOST_CHUNKS : (int64_t)chunks;
 }
 
 flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_error *error) {
   if (!bytes) return fm_fail(error, FLATMTL_ERROR_NULL, "bytes", -1, -1, NAN);
   if (num_tasks < 1 || num_tasks > FLATMTL_MAX_TASKS)
     return fm_fail(error, FLATMTL_ERROR_NUM_TASKS, "num_tasks", -1, -1, num_tasks);
+  /* A bound on n * most_chunks(n) for every n <= sums: that product itself is not monotone in n, and calls with fewer
+   * tasks, or without flat rows, must find room too. */
   const size_t sums = pairs(2 * num_tasks);
-  size_t doubles = sums * (size_t)most_chunks(sums);
+  size_t doubles = sums * FM_MOST_CHUNKS;
+  if (doubles > FM_PARTIAL_BYTES / sizeof(double)) doubles = FM_PARTIAL_BYTES / sizeof(double);
+  if (doubles < sums * FM_LEAST_CHUNKS) doubles = sums * FM_LEAST_CHUNKS;
   if (doubles < (size_t)num_tasks * FM_MOST_CHUNKS) doubles = (size_t)num_tasks * FM_MOST_CHUNKS;
   if (doubles < FM_BLOCK) doubles = FM_BLOCK;
   if (doubles < fm_weights_work(num_tasks)) doubles = fm_weights_work(num_tasks);

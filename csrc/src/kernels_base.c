@@ -4,4 +4,5 @@
 #define FM_WIDTH 2
 #define FM_TILE_ROWS 2
 #define FM_FMA FM_MUL_ADD
+#define FM_WIDEN(v) __builtin_convertvector(v, fm_vd)
 #include "kernels_body.h"

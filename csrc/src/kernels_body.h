@@ -3,6 +3,7 @@
  *   FM_WIDTH          doubles in a register
  *   FM_TILE_ROWS      rows whose inner products with 4 others fit in the registers, at most 4
  *   FM_FMA(a, b, c)   a b + c of vectors, fused or not
+ *   FM_WIDEN(v)       a vector of FM_WIDTH F32 to F64
  *
  * Inner products are written with vectors of FM_WIDTH lanes and sweep over the run once for every FM_WIDTH of the
  * FM_LANES lanes, so that the order of additions within a lane is the same everywhere. The rest are plain loops for the
@@ -22,11 +23,15 @@ typedef float fm_vf_any __attribute__((vector_size(4 * FM_WIDTH), aligned(4), ma
 
 FM_INLINE fm_vd load_f32(const float *p) {
   const fm_vf_any v = *(const fm_vf_any *)p;
-  return __builtin_convertvector(v, fm_vd);
+  return (fm_vd)FM_WIDEN(v);
 }
 FM_INLINE fm_vd load_f64(const double *p) {
   return *(const fm_vd_any *)p;
 }
+
+/* How far ahead a row is asked from memory, in bytes: the blocks of one row are too short for the hardware to foresee
+ * the next. Every row is in one triangle, so asking there is enough. */
+enum { FM_AHEAD = 2048 };
 
 #define FM_MUL_ADD(a, b, c) ((a) * (b) + (c))
 #define FM_SUM(i, j) (sums + ((i)*FM_GROUP + (j)) * FM_LANES + lane)
@@ -52,21 +57,22 @@ FM_INLINE fm_vd load_f64(const double *p) {
   }
 
 /* NX rows of x with themselves: the lower triangle. */
-#define FM_DEFINE_TRIANGLE(NAME, TYPE, LOAD, MULADD, NX)                                                          \
-  static void NAME(const TYPE *const *x, int64_t n, double *sums) {                                               \
-    for (int lane = 0; lane < FM_LANES; lane += FM_WIDTH) {                                                       \
-      fm_vd acc[NX][NX];                                                                                          \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                   \
-          load_f64(FM_SUM(i, j));                                                                                 \
-      for (int64_t p = lane; p < n; p += FM_LANES) {                                                              \
-        fm_vd a[NX];                                                                                              \
-        FM_UNROLL for (int i = 0; i < NX; i++) a[i] = LOAD(x[i] + p);                                             \
-        FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                 \
-            MULADD(a[i], a[j], acc[i][j]);                                                                        \
-      }                                                                                                           \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) * (fm_vd_any *)FM_SUM(i, j) = \
-          acc[i][j];                                                                                              \
-    }                                                                                                             \
+#define FM_DEFINE_TRIANGLE(NAME, TYPE, LOAD, MULADD, NX)                                                               \
+  static void NAME(const TYPE *const *x, int64_t n, double *sums) {                                                    \
+    for (int lane = 0; lane < FM_LANES; lane += FM_WIDTH) {                                                            \
+      fm_vd acc[NX][NX];                                                                                               \
+      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                        \
+          load_f64(FM_SUM(i, j));                                                                                      \
+      for (int64_t p = lane; p < n; p += FM_LANES) {                                                                   \
+        fm_vd a[NX];                                                                                                   \
+        if (lane == 0) FM_UNROLL for (int i = 0; i < NX; i++) __builtin_prefetch((const char *)(x[i] + p) + FM_AHEAD); \
+        FM_UNROLL for (int i = 0; i < NX; i++) a[i] = LOAD(x[i] + p);                                                  \
+        FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                      \
+            MULADD(a[i], a[j], acc[i][j]);                                                                             \
+      }                                                                                                                \
+      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) * (fm_vd_any *)FM_SUM(i, j) =      \
+          acc[i][j];                                                                                                   \
+    }                                                                                                                  \
   }
 
 /* All pairs, by tiles of up to FM_TILE_ROWS x 4. */

@@ -287,3 +287,31 @@ TEST_CASE("Bad arguments are refused by a status that names them, before anythin
   REQUIRE(flatmtl_error_message(&error, text, 0) == FLATMTL_ERROR_SIZE);
   REQUIRE(flatmtl_error_message(nullptr, text, 5) == FLATMTL_ERROR_NULL);
 }
+
+TEST_CASE("The workspace is enough for fewer tasks too, and nothing is written past its end") {
+  size_t before = 0;
+  for (int32_t k = 1; k <= 300; k++) {
+    size_t bytes = 0;
+    REQUIRE(flatmtl_workspace_size(k, &bytes, nullptr) == FLATMTL_OK);
+    REQUIRE(bytes >= before);
+    before = bytes;
+  }
+  // Long enough for as many partial sums as there ever are; every row is the same memory.
+  const int32_t k = 46;
+  const std::vector<float> row(1 << 20, 1.0f);
+  const int64_t length = static_cast<int64_t>(row.size());
+  const std::vector<const void *> data(k, row.data());
+  const flatmtl_rows rows{FLATMTL_F32, k, 1, &length, data.data()};
+  size_t bytes = 0;
+  REQUIRE(flatmtl_workspace_size(k, &bytes, nullptr) == FLATMTL_OK);
+  auto *memory = static_cast<unsigned char *>(std::aligned_alloc(64, bytes + 64 * 1024));
+  std::memset(memory + bytes, 0x5a, 4096);
+  flatmtl_context context{};
+  context.workspace = memory;
+  context.workspace_size = bytes;
+  std::vector<double> gramian(k * k);
+  REQUIRE(flatmtl_gramian(&context, &rows, gramian.data(), nullptr) == FLATMTL_OK);
+  for (double value : gramian) REQUIRE(value == static_cast<double>(length));
+  for (int i = 0; i < 4096; i++) REQUIRE(memory[bytes + static_cast<size_t>(i)] == 0x5a);
+  std::free(memory);
+}
