@@ -14,7 +14,7 @@ from .optimizer import FlatMTL
 
 __version__: str = _ops.core.flatmtl_version().decode()
 
-#: Where CMake finds the C library: `cmake -DCMAKE_PREFIX_PATH=$(python -c "import flatmtl; print(flatmtl.cmake_prefix_path)")`
+#: Prefix of the C library for CMake: -DCMAKE_PREFIX_PATH=$(python -c "import flatmtl; print(flatmtl.cmake_prefix_path)")
 cmake_prefix_path: str = str(_ops.LIBRARY_PATH.parent)
 
 __all__ = [
