@@ -319,6 +319,12 @@ TEST_CASE("Special rows of MGDA and CAGrad", "[solve][mgda][cagrad]") {
   const Matrix antipodal = {1, -3, -3, 9};
   CHECK(mgda(2, antipodal)[0] == Approx(0.75).epsilon(1e-14));
   for (double w : cagrad(2, antipodal, 0.5)) CHECK(w == 0.5 / 1.25);
+  // the same, long, beside a short row at a right angle: w = (0, 3/4, 1/4), whatever the ratio of lengths
+  for (double length : {1e-3, 1e-6, 1e-10, 1e-14}) {
+    const Matrix w = mgda(3, {length * length, 0, 0, 0, 1e16, -3e16, 0, -3e16, 9e16});
+    CHECK(w[0] <= 1e-12);
+    CHECK(w[1] == Approx(0.75).epsilon(1e-12));
+  }
   // duplicate rows, orthogonal rows
   const Matrix same = mgda(2, {4, 4, 4, 4});
   CHECK(same[0] + same[1] == Approx(1.0).epsilon(1e-15));

@@ -59,7 +59,10 @@ flatmtl_status fm_least_norm(fm_quadprog *q) {
     const int32_t rise = fm_exponent(length / along);
     q->kappa = fmax(q->kappa * 16.0, rise < 250 ? ldexp(1.0, 2 * rise) : 0x1p500);
     q->size = 0;
-    for (int32_t i = 0; i < n; ++i) q->y[i] = 0.0;
+    for (int32_t i = 0; i < n; ++i) {
+      q->y[i] = q->ray[i] / along / q->kappa;
+      if (q->y[i] > 0.0) q->support[q->size++] = i;
+    }
   }
   double sum = fm_dot_dd(n, q->a, q->y).hi;
   if (outcome == FM_QUADPROG_RAY || !(sum > 0.0)) {

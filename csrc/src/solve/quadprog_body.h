@@ -30,9 +30,11 @@ static void NAME(gradient)(NAME(state) * s) {
   real ay = FROM(0.0);
   for (int32_t i = 0; i < n; ++i) ay = ADD(ay, MULD(s->y[i], q->a[i]));
   const real multiplier = SUB(MULD(ay, q->kappa), FROM_DD(q->mu));
+  /* The rounding of kappa a'y - mu, where the two cancel. */
+  const double unresolved = q->kappa > 0.0 ? (ROUNDING / TOLERANCE) * fabs(q->mu.hi) : 0.0;
   for (int32_t i = 0; i < n; ++i) {
     s->r[i] = ADD(FROM_DD(q->c_offset[i]), MULD(multiplier, q->a[i]));
-    q->scale[i] = q->abs_c_offset[i];
+    q->scale[i] = q->abs_c_offset[i] + unresolved * q->a[i];
   }
   for (int32_t j = 0; j < n; ++j) {
     const real yj = s->y[j];
