@@ -276,7 +276,9 @@ def draw(results: list[dict[str, Any]], folder: Path) -> list[Path]:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the record and the pictures.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: 2 methods, 1 seed, 3 epochs.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Seconds instead of minutes: 2 methods, 1 seed, 3 epochs.")
+    ] = False,
     methods: Annotated[str | None, typer.Option(help="Aggregators, separated by commas.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds.  [default: 5]")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training set.  [default: 20]")] = None,
@@ -293,7 +295,11 @@ def main(
         raise typer.BadParameter("rho must be greater than 0: the runs without F-MTL are made anyway")
     if pictures and pictures % BATCH == 1:
         raise typer.BadParameter(f"pictures must not be 1 more than a multiple of {BATCH}: BatchNorm needs 2")
-    seeds, epochs, pictures = seeds or (1 if quick else 5), epochs or (3 if quick else 20), pictures or (200 if quick else 1000)
+    seeds, epochs, pictures = (
+        seeds or (1 if quick else 5),
+        epochs or (3 if quick else 20),
+        pictures or (200 if quick else 1000),
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = jobs or min(cores, 8)
     runs = [
