@@ -1,6 +1,7 @@
 /* methods.c - the table of aggregators: names, options, and the scaling around every solve. */
 #include "methods.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 
@@ -137,7 +138,7 @@ static void divide_by_mean_square(int32_t n, double *gramian) {
   for (size_t i = 0; i < (size_t)n * n; ++i) gramian[i] /= mean_square;
 }
 
-/* w(4^m G) = 2^(m (degree - 1)) w(G). */
+/* w(4^m G) = 2^(m (degree - 1)) w(G). A weight beyond the range of doubles is cut to it. */
 static void scale_weights(const fm_method *method, const double *options, int m, int32_t n, double *weights) {
   if (method->degree == DEGREE_ZERO) {
     for (int32_t i = 0; i < n; ++i) weights[i] = ldexp(weights[i], -m);
@@ -150,6 +151,9 @@ static void scale_weights(const fm_method *method, const double *options, int m,
       double fraction = exp2(exponent - whole);
       for (int32_t i = 0; i < n; ++i) weights[i] = ldexp(weights[i] * fraction, (int)whole);
     }
+  }
+  if (method->degree != DEGREE_ONE) {
+    for (int32_t i = 0; i < n; ++i) weights[i] = fmin(weights[i], DBL_MAX);
   }
 }
 

@@ -3,8 +3,8 @@
  * With p = 1/alpha, C the cosine matrix, y_i = d_i w_i and s = Cy the equation is s_i y_i = b_i(y_i), with
  * b_i = q_i y_i^(1-p), q_i = d_i^(p-1). It is solved together with a barrier, s_i y_i = b_i + mu, by Newton's method in
  * y and s at once (primal-dual path following): mu starts where the root is that of Nash-MTL but for a factor, and
- * falls to 0. Where the rows have similar lengths this takes one or two steps more than Newton's method alone; where the
- * b_i span many orders of magnitude, Newton's method alone jams.
+ * falls to 0. Where the rows have similar lengths this takes one or two steps more than Newton's method alone; where
+ * the b_i span many orders of magnitude, Newton's method alone jams.
  *
  * A root exists where Nash-MTL has one. alpha = 2 takes nothing but square roots; other values take exp and log. */
 #include <math.h>

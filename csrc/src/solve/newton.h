@@ -14,11 +14,9 @@
  * Returns m. */
 int32_t fm_nonzero_cosines(int32_t n, const double *gramian, double *c, double *d, int32_t *index, double *work);
 
-/* x = (S C S + I)^-1 x with S = diag(s), C positive semidefinite up to rounding, by Cholesky with pivoting. What remains
- * of C below the rounding errors of the factorisation counts as 0.
- *  factor       [n * n], scratch
- *  permutation  [n], scratch
- *  work         n doubles */
+/* x = (S C S + I)^-1 x with S = diag(s), C positive semidefinite up to rounding, by Cholesky with pivoting. What
+ * remains of C below the rounding errors of the factorisation counts as 0. factor       [n * n], scratch permutation
+ * [n], scratch work         n doubles */
 void fm_solve_shifted(int32_t n, const double *c, const double *s, double *x, double *factor, int32_t *permutation,
                       double *work);
 
