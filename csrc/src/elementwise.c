@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "rows.h"
 
-enum { FM_GRAIN = 32 * 1024 };
+enum { FM_GRAIN = 32 * 1024, FM_DIRECT_ROWS = 64 };
 
 typedef struct job {
   const fm_kernels *kernels;
@@ -51,7 +51,31 @@ static void store(const job *job, const double *values, const fm_cursor *cursor,
   }
 }
 
+/* Rows of F32 or F64, all of them at once: the sum stays in registers. */
+static void combine_direct(const job *job, const fm_cursor *cursor, int64_t n) {
+  const void *g[FM_DIRECT_ROWS], *s[FM_DIRECT_ROWS];
+  const size_t size = fm_dtype_size(job->rows->dtype);
+  const int32_t k = job->rows->num_rows;
+  const int flat = job->perturbed != NULL;
+  for (int32_t i = 0; i < k; i++) {
+    g[i] = fm_row_at(job->rows, i, cursor, size);
+    if (flat) s[i] = fm_row_at(job->perturbed, i, cursor, size);
+  }
+  void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
+  if (job->rows->dtype == FLATMTL_F64) {
+    job->kernels->combine_f64((const double *const *)g, flat ? (const double *const *)s : NULL, job->weights,
+                              job->flat_weights, k, n, out);
+  } else {
+    job->kernels->combine_f32((const float *const *)g, flat ? (const float *const *)s : NULL, job->weights,
+                              job->flat_weights, k, n, out);
+  }
+}
+
 static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
+  if (job->rows->num_rows <= FM_DIRECT_ROWS && fm_dtype_size(job->rows->dtype) > 2) {
+    combine_direct(job, cursor, n);
+    return;
+  }
   double sum[FM_BLOCK];
   float g_wide[FM_BLOCK], s_wide[FM_BLOCK];
   for (int32_t i = 0; i < job->rows->num_rows; i++) {
@@ -68,16 +92,23 @@ static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
 }
 
 static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
+  const double scale = job->scale[cursor->segment];
+  const size_t size = fm_dtype_size(job->saved->dtype);
+  if (size > 2) {
+    const void *from = fm_row_at(job->saved, 0, cursor, size), *along = fm_row_at(job->gradient, 0, cursor, size);
+    void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
+    if (job->saved->dtype == FLATMTL_F64) {
+      job->kernels->perturb_f64(from, along, scale, job->adaptive, job->eta, n, out);
+    } else {
+      job->kernels->perturb_f32(from, along, scale, job->adaptive, job->eta, n, out);
+    }
+    return;
+  }
   double moved[FM_BLOCK];
   float saved_wide[FM_BLOCK], gradient_wide[FM_BLOCK];
-  const void *saved = widened(job, job->saved, 0, cursor, n, saved_wide);
-  const void *gradient = widened(job, job->gradient, 0, cursor, n, gradient_wide);
-  const double scale = job->scale[cursor->segment];
-  if (job->saved->dtype == FLATMTL_F64) {
-    job->kernels->perturb_f64(saved, gradient, scale, job->adaptive, job->eta, n, moved);
-  } else {
-    job->kernels->perturb_f32(saved, gradient, scale, job->adaptive, job->eta, n, moved);
-  }
+  const float *saved = widened(job, job->saved, 0, cursor, n, saved_wide);
+  const float *gradient = widened(job, job->gradient, 0, cursor, n, gradient_wide);
+  job->kernels->perturb_wide(saved, gradient, scale, job->adaptive, job->eta, n, moved);
   store(job, moved, cursor, n);
 }
 

@@ -41,15 +41,23 @@ typedef struct fm_kernels {
   void (*round_bf16)(const double *x, int64_t n, uint16_t *out);
   void (*round_f16)(const double *x, int64_t n, uint16_t *out);
 
-  /* sum += a g, or a g + b (s - g) if s is not NULL; `sum =` if first. */
+  /* out = SUM_i a_i g_i, or SUM_i a_i g_i + b_i (s_i - g_i) if s is not NULL, from 0 on in that order. */
+  void (*combine_f32)(const float *const *g, const float *const *s, const double *a, const double *b, int32_t k,
+                      int64_t n, float *out);
+  void (*combine_f64)(const double *const *g, const double *const *s, const double *a, const double *b, int32_t k,
+                      int64_t n, double *out);
+
+  /* One term of combine: sum += a g, or a g + b (s - g) if s is not NULL; `sum =` if first. */
   void (*add_f32)(const float *g, const float *s, double a, double b, int first, int64_t n, double *sum);
   void (*add_f64)(const double *g, const double *s, double a, double b, int first, int64_t n, double *sum);
 
   /* out = saved + scale t^2 gradient, t = 1 or |saved| + eta. */
   void (*perturb_f32)(const float *saved, const float *gradient, double scale, int adaptive, double eta, int64_t n,
-                      double *out);
+                      float *out);
   void (*perturb_f64)(const double *saved, const double *gradient, double scale, int adaptive, double eta, int64_t n,
                       double *out);
+  void (*perturb_wide)(const float *saved, const float *gradient, double scale, int adaptive, double eta, int64_t n,
+                       double *out);
 } fm_kernels;
 
 /* NULL where the build lacks them. */

@@ -9,6 +9,7 @@
 #define FM_TILE_ROWS 2
 #define FM_FMA(a, b, c) ((fm_vd)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define FM_WIDEN(v) _mm256_cvtps_pd((__m128)(v))
+#define FM_NARROW(v) _mm256_cvtpd_ps((__m256d)(v))
 #include "kernels_body.h"
 #else
 const fm_kernels *const fm_kernels_avx2 = NULL;

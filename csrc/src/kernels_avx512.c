@@ -9,6 +9,7 @@
 #define FM_TILE_ROWS 4
 #define FM_FMA(a, b, c) ((fm_vd)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
 #define FM_WIDEN(v) _mm512_cvtps_pd((__m256)(v))
+#define FM_NARROW(v) _mm512_cvtpd_ps((__m512d)(v))
 #include "kernels_body.h"
 #else
 const fm_kernels *const fm_kernels_avx512 = NULL;

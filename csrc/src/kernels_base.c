@@ -5,4 +5,5 @@
 #define FM_TILE_ROWS 2
 #define FM_FMA FM_MUL_ADD
 #define FM_WIDEN(v) __builtin_convertvector(v, fm_vd)
+#define FM_NARROW(v) __builtin_convertvector(v, fm_vf_any)
 #include "kernels_body.h"

@@ -3,7 +3,7 @@
  *   FM_WIDTH          doubles in a register
  *   FM_TILE_ROWS      rows whose inner products with 4 others fit in the registers, at most 4
  *   FM_FMA(a, b, c)   a b + c of vectors, fused or not
- *   FM_WIDEN(v)       a vector of FM_WIDTH F32 to F64
+ *   FM_WIDEN(v), FM_NARROW(v)  a vector of FM_WIDTH F32 to F64, and back
  *
  * Inner products are written with vectors of FM_WIDTH lanes and sweep over the run once for every FM_WIDTH of the
  * FM_LANES lanes, so that the order of additions within a lane is the same everywhere. The rest are plain loops for the
@@ -27,6 +27,12 @@ FM_INLINE fm_vd load_f32(const float *p) {
 }
 FM_INLINE fm_vd load_f64(const double *p) {
   return *(const fm_vd_any *)p;
+}
+FM_INLINE void store_f32(float *p, fm_vd v) {
+  *(fm_vf_any *)p = (fm_vf_any)FM_NARROW(v);
+}
+FM_INLINE void store_f64(double *p, fm_vd v) {
+  *(fm_vd_any *)p = v;
 }
 
 /* How far ahead a row is asked from memory, in bytes: the blocks of one row are too short for the hardware to foresee
@@ -109,42 +115,89 @@ FM_DEFINE_GRAM(f32, float, load_f32, FM_FMA)
 FM_DEFINE_GRAM(f64, double, load_f64, FM_MUL_ADD)
 
 /* One body for both precisions of the rows; all arithmetic but diff's in double. */
-#define FM_DEFINE_LOOPS(T, TYPE)                                                                                 \
-  static void sq_scaled_##T(const TYPE *restrict x, const TYPE *restrict params, double eta, int64_t n,          \
-                            double *restrict sums) {                                                             \
-    double acc[FM_LANES];                                                                                        \
-    memcpy(acc, sums, sizeof acc);                                                                               \
-    for (int64_t p = 0; p < n; p += FM_LANES)                                                                    \
-      for (int lane = 0; lane < FM_LANES; lane++) {                                                              \
-        const double v = (fabs((double)params[p + lane]) + eta) * (double)x[p + lane];                           \
-        acc[lane] += v * v;                                                                                      \
-      }                                                                                                          \
-    memcpy(sums, acc, sizeof acc);                                                                               \
-  }                                                                                                              \
-  static void diff_##T(const TYPE *restrict s, const TYPE *restrict g, int64_t n, TYPE *restrict out) {          \
-    for (int64_t p = 0; p < n; p++) out[p] = s[p] - g[p];                                                        \
-  }                                                                                                              \
-  static void add_##T(const TYPE *restrict g, const TYPE *restrict s, double a, double b, int first, int64_t n,  \
-                      double *restrict sum) {                                                                    \
-    if (first) memset(sum, 0, (size_t)n * sizeof *sum);                                                          \
-    if (s)                                                                                                       \
-      for (int64_t p = 0; p < n; p++) sum[p] = (sum[p] + a * (double)g[p]) + b * ((double)s[p] - (double)g[p]);  \
-    else                                                                                                         \
-      for (int64_t p = 0; p < n; p++) sum[p] += a * (double)g[p];                                                \
-  }                                                                                                              \
-  static void perturb_##T(const TYPE *restrict saved, const TYPE *restrict gradient, double scale, int adaptive, \
-                          double eta, int64_t n, double *restrict out) {                                         \
-    if (adaptive)                                                                                                \
-      for (int64_t p = 0; p < n; p++) {                                                                          \
-        const double t = fabs((double)saved[p]) + eta;                                                           \
-        out[p] = (double)saved[p] + scale * (t * t) * (double)gradient[p];                                       \
-      }                                                                                                          \
-    else                                                                                                         \
-      for (int64_t p = 0; p < n; p++) out[p] = (double)saved[p] + scale * (double)gradient[p];                   \
+#define FM_DEFINE_LOOPS(T, TYPE)                                                                                \
+  static void sq_scaled_##T(const TYPE *restrict x, const TYPE *restrict params, double eta, int64_t n,         \
+                            double *restrict sums) {                                                            \
+    double acc[FM_LANES];                                                                                       \
+    memcpy(acc, sums, sizeof acc);                                                                              \
+    for (int64_t p = 0; p < n; p += FM_LANES)                                                                   \
+      for (int lane = 0; lane < FM_LANES; lane++) {                                                             \
+        const double v = (fabs((double)params[p + lane]) + eta) * (double)x[p + lane];                          \
+        acc[lane] += v * v;                                                                                     \
+      }                                                                                                         \
+    memcpy(sums, acc, sizeof acc);                                                                              \
+  }                                                                                                             \
+  static void diff_##T(const TYPE *restrict s, const TYPE *restrict g, int64_t n, TYPE *restrict out) {         \
+    for (int64_t p = 0; p < n; p++) out[p] = s[p] - g[p];                                                       \
+  }                                                                                                             \
+  static void add_##T(const TYPE *restrict g, const TYPE *restrict s, double a, double b, int first, int64_t n, \
+                      double *restrict sum) {                                                                   \
+    if (first) memset(sum, 0, (size_t)n * sizeof *sum);                                                         \
+    if (s)                                                                                                      \
+      for (int64_t p = 0; p < n; p++) sum[p] = (sum[p] + a * (double)g[p]) + b * ((double)s[p] - (double)g[p]); \
+    else                                                                                                        \
+      for (int64_t p = 0; p < n; p++) sum[p] += a * (double)g[p];                                               \
   }
 
 FM_DEFINE_LOOPS(f32, float)
 FM_DEFINE_LOOPS(f64, double)
+
+#define FM_DEFINE_PERTURB(NAME, TYPE, OUT)                                                                            \
+  static void NAME(const TYPE *restrict saved, const TYPE *restrict gradient, double scale, int adaptive, double eta, \
+                   int64_t n, OUT *restrict out) {                                                                    \
+    if (adaptive)                                                                                                     \
+      for (int64_t p = 0; p < n; p++) {                                                                               \
+        const double t = fabs((double)saved[p]) + eta;                                                                \
+        out[p] = (OUT)((double)saved[p] + scale * (t * t) * (double)gradient[p]);                                     \
+      }                                                                                                               \
+    else                                                                                                              \
+      for (int64_t p = 0; p < n; p++) out[p] = (OUT)((double)saved[p] + scale * (double)gradient[p]);                 \
+  }
+
+FM_DEFINE_PERTURB(perturb_f32, float, float)
+FM_DEFINE_PERTURB(perturb_f64, double, double)
+FM_DEFINE_PERTURB(perturb_wide, float, double)
+
+/* VECTORS registers of elements at p, all rows one after another; FLAT is a constant: whether there is an s. */
+#define FM_COMBINE_AT(T, VECTORS, FLAT)                                                    \
+  do {                                                                                     \
+    fm_vd acc[VECTORS];                                                                    \
+    FM_UNROLL for (int v = 0; v < VECTORS; v++) acc[v] = (fm_vd){0};                       \
+    for (int32_t i = 0; i < k; i++) FM_UNROLL for (int v = 0; v < VECTORS; v++) {          \
+        const fm_vd x = load_##T(g[i] + p + v * FM_WIDTH);                                 \
+        acc[v] += a[i] * x;                                                                \
+        if (FLAT) acc[v] += b[i] * (load_##T(s[i] + p + v * FM_WIDTH) - x);                \
+      }                                                                                    \
+    FM_UNROLL for (int v = 0; v < VECTORS; v++) store_##T(out + p + v * FM_WIDTH, acc[v]); \
+  } while (0)
+
+#define FM_DEFINE_COMBINE_ONE(NAME, T, TYPE, FLAT)                                                                     \
+  static void NAME(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, int64_t n, \
+                   TYPE *restrict out) {                                                                               \
+    int64_t p = 0;                                                                                                     \
+    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_COMBINE_AT(T, 4, FLAT);                                        \
+    for (; p < n; p++) {                                                                                               \
+      double sum = 0.0;                                                                                                \
+      for (int32_t i = 0; i < k; i++) {                                                                                \
+        sum += a[i] * (double)g[i][p];                                                                                 \
+        if (FLAT) sum += b[i] * ((double)s[i][p] - (double)g[i][p]);                                                   \
+      }                                                                                                                \
+      out[p] = (TYPE)sum;                                                                                              \
+    }                                                                                                                  \
+    (void)s;                                                                                                           \
+    (void)b;                                                                                                           \
+  }
+
+#define FM_DEFINE_COMBINE(T, TYPE)                                                                                 \
+  FM_DEFINE_COMBINE_ONE(combine_loss_##T, T, TYPE, 0)                                                              \
+  FM_DEFINE_COMBINE_ONE(combine_pair_##T, T, TYPE, 1)                                                              \
+  static void combine_##T(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, \
+                          int64_t n, TYPE *out) {                                                                  \
+    (s ? combine_pair_##T : combine_loss_##T)(g, s, a, b, k, n, out);                                              \
+  }
+
+FM_DEFINE_COMBINE(f32, float)
+FM_DEFINE_COMBINE(f64, double)
 
 FM_INLINE float as_float(uint32_t bits) {
   float value;
@@ -204,8 +257,9 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
   }
 }
 
-static const fm_kernels table = {FM_ISA,   gram_f32,   gram_f64,    sq_scaled_f32, sq_scaled_f64, diff_f32,
-                                 diff_f64, widen_bf16, widen_f16,   round_f32,     round_bf16,    round_f16,
-                                 add_f32,  add_f64,    perturb_f32, perturb_f64};
+static const fm_kernels table = {FM_ISA,     gram_f32,    gram_f64,    sq_scaled_f32, sq_scaled_f64,
+                                 diff_f32,   diff_f64,    widen_bf16,  widen_f16,     round_f32,
+                                 round_bf16, round_f16,   combine_f32, combine_f64,   add_f32,
+                                 add_f64,    perturb_f32, perturb_f64, perturb_wide};
 
 const fm_kernels *const FM_TABLE = &table;

@@ -9,6 +9,7 @@
 #define FM_TILE_ROWS 4
 #define FM_FMA(a, b, c) ((fm_vd)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
 #define FM_WIDEN(v) vcvt_f64_f32((float32x2_t)(v))
+#define FM_NARROW(v) vcvt_f32_f64((float64x2_t)(v))
 #include "kernels_body.h"
 #else
 const fm_kernels *const fm_kernels_neon = NULL;

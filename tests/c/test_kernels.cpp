@@ -315,3 +315,25 @@ TEST_CASE("The workspace is enough for fewer tasks too, and nothing is written p
   for (int i = 0; i < 4096; i++) REQUIRE(memory[bytes + static_cast<size_t>(i)] == 0x5a);
   std::free(memory);
 }
+
+TEST_CASE("More rows than are combined at once have the same sum") {
+  for (auto dtype : {FLATMTL_F32, FLATMTL_F64})
+    for (bool flat : {false, true}) {
+      const int32_t k = 65;
+      Rows g(dtype, k, {3, 700}), s(dtype, k, {3, 700}), few(dtype, 1, {3, 700}), many(dtype, 1, {3, 700});
+      g.fill(1);
+      s.fill(2);
+      std::vector<double> a(k), b(k);
+      for (int32_t i = 0; i < k - 1; i++) a[i] = 0.1 * i - 1.7, b[i] = 0.3 - 0.01 * i;  // the last weighs nothing
+      Context context(k);
+      auto gr = g.rows(), sr = s.rows();
+      const auto f = few.vector(), m = many.vector();
+      for (int32_t rows : {k, k - 1}) {
+        gr.num_rows = sr.num_rows = rows;
+        const auto *out = rows == k ? &m : &f;
+        REQUIRE((flat ? flatmtl_combine_pair(context, &gr, &sr, a.data(), b.data(), out, nullptr)
+                      : flatmtl_combine(context, &gr, a.data(), out, nullptr)) == FLATMTL_OK);
+      }
+      REQUIRE(few.bytes == many.bytes);
+    }
+}
