@@ -20,7 +20,7 @@ def weights(gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, **optio
         gramian: (K, K), G_ij = <g_i, g_j>, finite.
         name: one of METHODS.
         draw, call: number of the optimizer's step and of the call within it, for methods that draw at random.
-        options: `weights` (fixed), `seed` (pcgrad), `c` (cagrad), `alpha` (fairgrad).
+        options: `values` (fixed), `seed` (pcgrad), `c` (cagrad), `alpha` (fairgrad).
 
     Returns:
         (K,) f64.
@@ -52,11 +52,11 @@ def mean(gramian: Tensor) -> Tensor:
     return torch.full_like(gramian[0], 1 / len(gramian))
 
 
-def fixed(gramian: Tensor, weights: object) -> Tensor:
-    """w = weights, K numbers."""
-    w = torch.as_tensor(weights, dtype=torch.float64).clone()
+def fixed(gramian: Tensor, values: object) -> Tensor:
+    """w = values, K numbers."""
+    w = torch.as_tensor(values, dtype=torch.float64).clone()
     if w.shape != gramian[0].shape:
-        raise ValueError(f"{len(gramian)} tasks, but weights of shape {tuple(w.shape)}")
+        raise ValueError(f"{len(gramian)} tasks, but values of shape {tuple(w.shape)}")
     return w
 
 
