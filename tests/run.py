@@ -72,7 +72,11 @@ def c_tests() -> None:
 
 def c_sanitizers() -> None:
     build = cmake_build(
-        "sanitize", "-DFLATMTL_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=Debug", target="flatmtl_tests"
+        "sanitize",
+        "-DFLATMTL_SANITIZE=address,undefined",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_C_FLAGS_DEBUG=-g -O1",
+        target="flatmtl_tests",
     )
     ctest(
         build, ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1", UBSAN_OPTIONS="print_stacktrace=1"
