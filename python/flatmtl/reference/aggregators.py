@@ -6,6 +6,7 @@ no harm. A method that has no finite solution gives zeros: the point is Pareto-s
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 EPS = torch.finfo(torch.float64).eps
 
 
-def weights(gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, **options: object) -> Tensor:
+def weights(gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, **options: Any) -> Tensor:
     """The weights w(G) of the method called `name`.
 
     Args:
@@ -116,8 +117,9 @@ def cagrad(gramian: Tensor, c: float = 0.4) -> Tensor:
     if phi == 0 or _vanishes(w, gramian):
         return b / (1 + c**2)
     cosines, d = _cosines(gramian)
-    lower = t = (w @ gramian @ w).sqrt() / phi  # ||g_w|| is never less than at w
-    upper = torch.inf
+    t: Any = (w @ gramian @ w).sqrt() / phi
+    lower: Any = t  # ||g_w|| is nowhere less than at this w
+    upper: Any = torch.inf
     for _ in range(500):
         w = mgda(gramian + t * (h + h[:, None]) + t**2 * (b @ h))
         if (w @ gramian @ w).clamp(min=0).sqrt() > phi * t:

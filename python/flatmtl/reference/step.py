@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import aggregators
+from .aggregators import weights
 
 Rows = Tensor | Sequence[Sequence[Tensor]]  # K x P, or K sequences of tensors
+Solver = Callable[[Tensor], Tensor]  # weights from a Gramian
 CHUNK = 65536  # elements of a row that are widened to f64 at a time: no large temporaries
 
 
@@ -24,15 +26,8 @@ def gramian(rows: Rows) -> Tensor:
     return total.cpu()
 
 
-def weights(gramian: Tensor, name: str, **options: object) -> Tensor:
-    """See :func:`flatmtl.reference.aggregators.weights`."""
-    return aggregators.weights(gramian, name, **options)
-
-
-def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
+def combine(rows: Sequence[Sequence[Tensor]], weights: Tensor) -> list[Tensor]:
     """SUM_i w_i g_i, in the form of one row."""
-    if isinstance(rows, Tensor):
-        return combine([[row] for row in rows], weights)[0]
     numbers = weights.tolist()
     total = list(torch._foreach_mul(list(rows[0]), numbers[0])) if len(rows[0]) else []
     for row, number in zip(rows[1:], numbers[1:], strict=True):
@@ -42,9 +37,10 @@ def combine(rows: Rows, weights: Tensor) -> Tensor | list[Tensor]:
 
 
 @torch.no_grad()
-def aggregate(rows: Rows, name: str, **options: object) -> Tensor | list[Tensor]:
+def aggregate(rows: Rows, name: str, **options: Any) -> Tensor | list[Tensor]:
     """A(g_1 .. g_K) = SUM_i w_i(G) g_i: a P-vector of a K x P tensor, else a list of tensors like one row."""
-    return combine(rows, weights(gramian(rows), name, **options))
+    w = weights(gramian(rows), name, **options)
+    return combine([[row] for row in rows], w)[0] if isinstance(rows, Tensor) else combine(rows, w)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,7 +50,7 @@ def aggregate(rows: Rows, name: str, **options: object) -> Tensor | list[Tensor]
 class _Calls:
     """A = w(G), with the family scale; counts its calls within a step for the methods that draw at random."""
 
-    def __init__(self, aggregator: str | Callable, family_scale: str | None, draw: int, options: dict) -> None:
+    def __init__(self, aggregator: str | Solver, family_scale: str | None, draw: int, options: dict[str, Any]) -> None:
         self.aggregator, self.family_scale, self.draw, self.options = aggregator, family_scale, draw, options
         self.call = 0
 
@@ -63,7 +59,7 @@ class _Calls:
         if self.family_scale == "rms" and gramian.trace() > 0:  # w(G / s^2), s^2 = tr G / K: A(f) = s A(f / s)
             gramian = gramian / (gramian.trace() / len(gramian))
         call, self.call = self.call, self.call + 1
-        if callable(self.aggregator):
+        if not isinstance(self.aggregator, str):
             return self.aggregator(gramian)
         if pair and self.aggregator == "fixed":
             return torch.ones(2, dtype=torch.float64)
@@ -78,7 +74,7 @@ def step_weights(
     combine: str = "decomposed",
     family_scale: str | None = "rms",
     draw: int = 0,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Weights (a, b) of the update SUM_i a_i g_i + b_i f_i, from Gramians alone.
 
@@ -90,6 +86,7 @@ def step_weights(
     k = len(gramian_pair) // 2
     loss, cross, flat = gramian_pair[:k, :k], gramian_pair[:k, k:], gramian_pair[k:, k:]
     if combine == "direct":
+        assert perturbed_gramian is not None, "direct needs the Gramian of s"
         a = calls(perturbed_gramian)
         return a, a.clone()
     if combine == "each":
@@ -133,8 +130,8 @@ class FlatMTL:
         self,
         optimizer: torch.optim.Optimizer,
         *,
-        aggregator: str | Callable[[Tensor], Tensor] = "cagrad",
-        options: dict[str, object] | None = None,
+        aggregator: str | Solver = "cagrad",
+        options: dict[str, Any] | None = None,
         rho: float | tuple[float, float] = 0.05,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -197,8 +194,8 @@ class FlatMTL:
             for i, psi in enumerate(own):
                 _set_random_state(random)
                 with self._perturbed(theta, g[i], psi, h[i]), _batch_norm_kept(), torch.enable_grad():
-                    grads = torch.autograd.grad(closure()[i], theta + psi, allow_unused=True)
-                grads = [torch.zeros_like(p) if d is None else d for p, d in zip(theta + psi, grads, strict=True)]
+                    found = torch.autograd.grad(closure()[i], theta + psi, allow_unused=True)
+                grads = [torch.zeros_like(p) if d is None else d for p, d in zip(theta + psi, found, strict=True)]
                 s.append(grads[: len(theta)])
                 own_updates.append(grads[len(theta) :])
             _set_random_state(after)
@@ -214,7 +211,7 @@ class FlatMTL:
         return losses
 
     @contextmanager
-    def _perturbed(self, theta: list, g: list, psi: list, h: list) -> Iterator[None]:
+    def _perturbed(self, theta: list[Tensor], g: list[Tensor], psi: list[Tensor], h: list[Tensor]) -> Iterator[None]:
         """theta + eps, psi + eps: eps = rho g / ||g||; adaptive (ASAM): rho T^2 g / ||T g||, T = |theta| + eta."""
         saved = [p.detach().clone() for p in theta + psi]
         directions = [d.clone() for d in g + h]
