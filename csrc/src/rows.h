@@ -50,8 +50,8 @@ typedef struct fm_buffers {
 } fm_buffers;
 
 /* No two segments of outputs overlap, and none overlaps a segment of inputs. O((m + n) log m) for m segments of outputs
- * and n of inputs, in passes of as many output segments as the scratch memory holds. The error names the buffer, row and
- * segment that overlaps an output. scratch may be NULL. */
+ * and n of inputs, in passes of as many output segments as the scratch memory holds. The error names the buffer, row
+ * and segment that overlaps an output. scratch may be NULL. */
 flatmtl_status fm_check_overlap(const fm_buffers *outputs, int num_outputs, const fm_buffers *inputs, int num_inputs,
                                 void *scratch, size_t scratch_size, flatmtl_error *error);
 
