@@ -12,8 +12,8 @@ import math
 import multiprocessing
 import os
 import queue
+import signal
 import statistics
-import sys
 import time
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -145,6 +145,7 @@ _reports: Any = None
 def _start_worker(reports: Any) -> None:
     global _reports
     _reports = reports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches workers too: they end without a word
     torch.set_num_threads(1)
 
 
@@ -333,7 +334,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    typer.run(main)
