@@ -55,12 +55,15 @@ $(STAMPS)/venv:
 	'$(PYTHON)' -m venv '$(VENV)'
 	@mkdir -p '$(STAMPS)' && touch '$@'
 
+# From the indexes that pip is set up for, else from PyTorch's own.
+CPU_TORCH := torch==$(firstword $(subst +, ,$(TORCH)))+$(or $(word 2,$(subst +, ,$(TORCH))),cpu)
+
 # torch first and pinned, and held there: left to itself pip takes the newest, which on Linux is several GB of CUDA.
 $(STAMPS)/torch-$(TORCH): $(STAMPS)/venv
 	@rm -f '$(STAMPS)'/torch-* '$(STAMPS)/package'
-	$(PIP) install --quiet 'torch==$(firstword $(subst +, ,$(TORCH)))+$(or $(word 2,$(subst +, ,$(TORCH))),cpu)' 2> /dev/null \
-	  || { echo 'No CPU-only torch $(TORCH) in the indexes that pip is set up for: taking the default build, on Linux several GB.'; \
-	       echo 'To avoid that give pip the index of CPU builds that pytorch.org names:  make ... PIP_EXTRA_INDEX_URL=...'; \
+	$(PIP) install --quiet '$(CPU_TORCH)' 2> /dev/null \
+	  || $(PIP) install --quiet '$(CPU_TORCH)' --extra-index-url https://download.pytorch.org/whl/cpu \
+	  || { echo 'No CPU-only torch $(TORCH) to be had: taking the default build, on Linux several GB.'; \
 	       $(PIP) install 'torch==$(TORCH)'; }
 	@echo 'torch==$(TORCH)' > '$(VENV)/constraints.txt' && touch '$@'
 

@@ -297,7 +297,7 @@ def main(
     if pictures and pictures % BATCH == 1:
         raise typer.BadParameter(f"pictures must not be 1 more than a multiple of {BATCH}: BatchNorm needs 2")
     seeds, epochs, pictures = (
-        seeds or (1 if quick else 4),
+        seeds or (1 if quick else 5),
         epochs or (3 if quick else 20),
         pictures or (200 if quick else 1000),
     )
