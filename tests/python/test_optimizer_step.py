@@ -383,3 +383,26 @@ def test_mixed_dtypes_equal_one_dtype_when_exact() -> None:
         optimizer.backward(lambda a=a, b=b: [a.square().sum() + b.double().sum(), a.sum() - b.double().square().sum()])
         results.append((a.grad, b.grad.double()))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.cuda
+def test_cuda_and_parameters_on_two_devices() -> None:
+    """The trunk on the GPU, heads on the GPU or on the CPU: the same trajectory as all on the CPU."""
+    results = []
+    for trunk_device, head_device in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda", "cpu")):
+        model = two_heads(norm=True)
+        x, y = batch()
+        model.trunk.to(trunk_device)
+        model.heads.to(head_device)
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=0.1, norm="joint")
+
+        def closure(model: nn.Module = model, first: str = trunk_device, then: str = head_device) -> list[Tensor]:
+            z = model.trunk(x.to(first)).to(then)
+            return [F.cross_entropy(h(z), t.to(then)) for h, t in zip(model.heads, y, strict=True)]
+
+        for _ in range(3):
+            optimizer.step(closure)
+        results.append([p.cpu() for p in values(model)])
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
