@@ -389,9 +389,9 @@ def test_mixed_dtypes_equal_one_dtype_when_exact() -> None:
 def test_cuda_and_parameters_on_two_devices() -> None:
     """The trunk on the GPU, heads on the GPU or on the CPU: the same trajectory as all on the CPU."""
     results = []
+    x, y = batch()
     for trunk_device, head_device in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda", "cpu")):
         model = two_heads(norm=True)
-        x, y = batch()
         model.trunk.to(trunk_device)
         model.heads.to(head_device)
         optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=0.1, norm="joint")
