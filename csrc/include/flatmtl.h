@@ -20,7 +20,7 @@
  *  - No allocation, no I/O, no threads, no global state but the table of kernels chosen once for this CPU
  *    (environment variable FLATMTL_ISA=base|avx2|avx512|neon overrides the choice).
  *  - Results are equal bit for bit whatever the instruction set, the number of threads, and the way a vector is cut
- *    into segments.
+ *    into segments; the payload of a NaN is excepted.
  *  - Inner products are accumulated in double precision. Values of FLATMTL_F32, BF16 and F16 are widened exactly.
  *  - Thread safety: calls on distinct buffers may run at the same time.
  */
@@ -238,7 +238,8 @@ FLATMTL_API flatmtl_status flatmtl_method_defaults(flatmtl_method method, int32_
  *  weights   [K], out; may not overlap gramian
  * Returns PARETO_STATIONARY with all weights 0 where no finite solution exists. A zero row (G_ii = 0) gets weight 0 in
  * imtl_g, nash_mtl and fairgrad, which have no finite weight for it; in mgda the zero rows share weight 1 (the
- * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. */
+ * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. In nash_mtl and fairgrad a
+ * row 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
 FLATMTL_API flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method method, const double *options,
                                            int32_t num_options, int32_t num_tasks, const double *gramian,
                                            double *weights, flatmtl_error *error);
