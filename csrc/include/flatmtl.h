@@ -238,8 +238,8 @@ FLATMTL_API flatmtl_status flatmtl_method_defaults(flatmtl_method method, int32_
  *  weights   [K], out; may not overlap gramian
  * Returns PARETO_STATIONARY with all weights 0 where no finite solution exists. A zero row (G_ii = 0) gets weight 0 in
  * imtl_g, nash_mtl and fairgrad, which have no finite weight for it; in mgda the zero rows share weight 1 (the
- * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. In nash_mtl and fairgrad a
- * row 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
+ * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. A row
+ * 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
 FLATMTL_API flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method method, const double *options,
                                            int32_t num_options, int32_t num_tasks, const double *gramian,
                                            double *weights, flatmtl_error *error);
