@@ -15,10 +15,6 @@ fm_dd fm_dot_dd(int32_t n, const double *x, const double *y) {
   return sum;
 }
 
-void fm_matvec(int32_t n, const double *a, int32_t lda, const double *x, double *y) {
-  for (int32_t i = 0; i < n; ++i) y[i] = fm_dot(n, a + (size_t)i * lda, x);
-}
-
 void fm_abs_matvec(int32_t n, const double *a, int32_t lda, const double *x, double *y) {
   for (int32_t i = 0; i < n; ++i) {
     const double *row = a + (size_t)i * lda;
@@ -132,14 +128,6 @@ int32_t fm_exponent(double x) {
 /* floor(e / 2) */
 static int32_t half(int32_t e) {
   return (e - (e & 1)) / 2;
-}
-
-int32_t fm_scale_gramian(int32_t n, const double *gramian, double *c) {
-  double largest = 0.0;
-  for (int32_t i = 0; i < n; ++i) largest = fmax(largest, gramian[(size_t)i * n + i]);
-  int32_t e = largest > 0.0 ? half(fm_exponent(largest)) : 0;
-  for (size_t i = 0; i < (size_t)n * n; ++i) c[i] = ldexp(gramian[i], -2 * e);
-  return e;
 }
 
 int32_t fm_equilibrate(int32_t n, const double *gramian, double *c, int32_t *exponents) {

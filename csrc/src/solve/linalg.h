@@ -94,9 +94,6 @@ double fm_dot(int32_t n, const double *x, const double *y);
 /* SUM x_i y_i exactly */
 fm_dd fm_dot_dd(int32_t n, const double *x, const double *y);
 
-/* y = A x in plain double. A is n x n with row stride lda. */
-void fm_matvec(int32_t n, const double *a, int32_t lda, const double *x, double *y);
-
 /* y = |A| |x| in plain double: the scale of the rounding errors of A x */
 void fm_abs_matvec(int32_t n, const double *a, int32_t lda, const double *x, double *y);
 
@@ -133,10 +130,6 @@ void fm_cholesky_solve(int32_t n, const double *l, int32_t lda, double *x);
 
 /* e with |x| in [2^e, 2^(e+1)); x finite, not 0. Exact for denormals too. */
 int32_t fm_exponent(double x);
-
-/* c = 4^-e G, exact but for underflow, with e such that max G_ii is in [1, 4). Returns e (0 if all G_ii = 0).
- * c may be G. */
-int32_t fm_scale_gramian(int32_t n, const double *gramian, double *c);
 
 /* C = D^-1 G D^-1 with D = diag(2^e_i), exact but for underflow: C_ii in [1, 4), or row and column 0 where G_ii = 0
  * (e_i = 0 there). Entries beyond what a positive semidefinite matrix can hold are cut to +-4. c may not be G.
