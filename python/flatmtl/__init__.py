@@ -6,6 +6,7 @@
 """
 
 from . import _ops as _ops  # loads the library
+from . import metrics as metrics
 from . import script as script
 from ._step import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
@@ -33,6 +34,7 @@ __all__ = [
     "aggregate",
     "cmake_prefix_path",
     "gramian",
+    "metrics",
     "script",
     "weights",
 ]  # fmt: skip
