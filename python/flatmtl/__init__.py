@@ -8,7 +8,7 @@
 from . import _ops as _ops  # loads the library
 from . import metrics as metrics
 from . import script as script
-from ._step import NonFiniteError
+from ._task import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL

@@ -27,6 +27,10 @@ class Group:
     def __contains__(self, index: int) -> bool:
         return index in self._set
 
+    def positions(self, indices: Sequence[int]) -> list[int]:
+        """Which of `indices` are in the group, as positions in that list."""
+        return [k for k, i in enumerate(indices) if i in self._set]
+
 
 def choose(param: Tensor, copy: Tensor) -> ModuleType:
     """The backend of one parameter; `copy` is empty_like of it, so equal strides mean that it is dense."""

@@ -25,7 +25,7 @@ class Loss:
 
     task: Task
     value: Tensor
-    edge: GradientEdge
+    edge: GradientEdge | None  # None for a loss that was asked for without its gradient
     separable: bool = True
 
 
@@ -65,13 +65,14 @@ def tasks_of(container: Any) -> list[Task]:
     return list(range(len(container)))
 
 
-def read_losses(container: Any) -> list[Loss | None]:
+def read_losses(container: Any, grad: bool = True) -> list[Loss | None]:
     """Checks what a closure returned and gives one `Loss` a task, None for an absent one.
 
-    Accepts a list, tuple, dict or 1-D tensor of losses, and a 0-d tensor as a single task.
+    Accepts a list, tuple, dict or 1-D tensor of losses, and a 0-d tensor as a single task. `grad` is False for losses
+    computed without graphs.
     """
     if isinstance(container, Tensor):
-        return _read_tensor(container)
+        return _read_tensor(container, grad)
     if isinstance(container, Mapping):
         values = list(container.values())
     elif isinstance(container, Sequence) and not isinstance(container, (str, bytes)):
@@ -84,28 +85,32 @@ def read_losses(container: Any) -> list[Loss | None]:
     tasks = tasks_of(container)
     if not values:
         raise ValueError("closure returned no losses")
-    return [None if value is None else read_loss(task, value) for task, value in zip(tasks, values, strict=True)]
+    return [None if value is None else read_loss(task, value, grad) for task, value in zip(tasks, values, strict=True)]
 
 
-def read_loss(task: Task, value: Any) -> Loss:
+def read_loss(task: Task, value: Any, grad: bool = True) -> Loss:
     """Checks the loss of one task."""
     if not isinstance(value, Tensor):
         raise TypeError(f"loss of task {task!r} must be a tensor, but is {type(value).__name__}")
     if value.dim() != 0:
         raise ValueError(f"loss of task {task!r} must be a scalar, but has shape {tuple(value.shape)}")
+    if not grad:
+        return Loss(task, value.detach(), None)
     _check_differentiable(f"loss of task {task!r}", value)
     edge = get_gradient_edge(value)
     scalar = _follow_element(edge)
     return Loss(task, value.detach(), scalar or edge, scalar is not None)
 
 
-def _read_tensor(vector: Tensor) -> list[Loss | None]:
+def _read_tensor(vector: Tensor, grad: bool) -> list[Loss | None]:
     if vector.dim() == 0:
-        return [read_loss(0, vector)]
+        return [read_loss(0, vector, grad)]
     if vector.dim() != 1:
         raise ValueError(f"a tensor of losses must have 0 or 1 dimensions, but has shape {tuple(vector.shape)}")
     if vector.shape[0] == 0:
         raise ValueError("closure returned no losses")
+    if not grad:
+        return [Loss(i, value, None) for i, value in enumerate(vector.detach().unbind())]
     _check_differentiable("the tensor of losses", vector)
     scalars = _scalars_of(get_gradient_edge(vector), vector.shape[0])
     losses: list[Loss | None] = []
@@ -214,6 +219,22 @@ def like_container(container: Any, values: list[Tensor | None]) -> Any:
         make: Any = type(container)
         return make(*values) if hasattr(container, "_fields") else tuple(values)
     return list(values)
+
+
+def mean_container(first: Any, rest: Sequence[Any]) -> Any:
+    """The mean, task by task, of containers that `like_container` made; a task's None are left out."""
+    columns = zip(*(_values(container) for container in (first, *rest)), strict=True)
+    found = [[value for value in column if value is not None] for column in columns]
+    means = [torch.stack(column).mean() if column else None for column in found]
+    if isinstance(first, Tensor) and first.dim() == 1:
+        return torch.stack([mean for mean in means if mean is not None])
+    return like_container(first, means)
+
+
+def _values(container: Any) -> list[Tensor | None]:
+    if isinstance(container, Tensor):
+        return [container] if container.dim() == 0 else list(container.unbind())
+    return list(container.values()) if isinstance(container, Mapping) else list(container)
 
 
 def describe(container: Any) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, status: Tensor, flat: bool) -> Any:
     """The record of a finished step. `pair` is the Gramian (2K x 2K) of the present tasks' (g, f)."""
-    at = [i for i, s in enumerate(step.tasks) if s in step.present]
+    at = [s.index for s in step.present]
     count, total = len(at), len(step.tasks)
     record = _empty(step)
     if flat:
@@ -53,7 +53,7 @@ def _empty(step: Step) -> dict[str, Any]:
 
     return {
         "tasks": [s.task for s in step.tasks],
-        "losses": _spread([float(step.tasks[i].loss.value) for i in with_loss], with_loss, total),  # type: ignore[union-attr]
+        "losses": _spread([float(step.tasks[i].loss) for i in with_loss], with_loss, total),  # type: ignore[arg-type]
         "perturbed_losses": undefined(total),
         "sharpness": undefined(total),
         "norms_loss": undefined(total),

@@ -21,9 +21,10 @@ class Roles:
         self.fixed = None if shared is None else _tensors(shared)
         self.of: dict[Tensor, int] = {}
 
-    def grown(self, reached: Sequence[set[Tensor]]) -> dict[Tensor, int]:
-        """The roles after a step in which task i's loss reached the parameters reached[i]. Does not change self."""
-        roles = dict(self.of)
+    def grown(self, reached: Sequence[set[Tensor]], roles: dict[Tensor, int] | None = None) -> dict[Tensor, int]:
+        """The roles, those given or `self.of`, after task i's loss reached the parameters reached[i]. Changes
+        neither."""
+        roles = dict(self.of if roles is None else roles)
         for task, params in enumerate(reached):
             for p in params:
                 if self.fixed is not None:

@@ -57,6 +57,9 @@ class Aggregator:
         """
         return [float(value) for value in self.options.values()]
 
+    def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
+        """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""
+
     def weights(self, gramian: Tensor, *, draw: int = 0) -> Tensor:
         """Weights w(G), (K,) float64 on the CPU; see `flatmtl.weights`."""
         from . import functional

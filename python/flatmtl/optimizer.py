@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,8 +16,10 @@ from . import _ops, _record
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
 from ._roles import Roles
-from ._step import NonFiniteError, Parameter, Settings, Step
+from ._step import Settings, Step
+from ._task import NonFiniteError, Parameter
 from .aggregators import Aggregator, get_aggregator
+from .flatness import Flatness, get_flatness
 
 _STATE_VERSION = 1
 _HOOKS = (
@@ -51,6 +54,7 @@ class FlatMTL(Optimizer):
     Args:
         optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's.
         aggregator: a name (``"cagrad"``) or an object (``flatmtl.CAGrad(c=0.4)``).
+        flat: where the perturbed gradients are taken; a name (``"fmtl"``) or an object of :mod:`flatmtl.flatness`.
         rho: radius of the perturbation, >= 0, or a pair (shared, task). Also a key of the param groups. 0 is plain
             gradient aggregation, without perturbed passes.
         adaptive: ASAM (2102.11600): :math:`\epsilon = \rho\, T^2 g / \|T g\|` with :math:`T = |\theta| + \eta`, for
@@ -66,6 +70,7 @@ class FlatMTL(Optimizer):
         shared: parameters or modules that are shared, instead of finding them. Every other parameter is own and gets
             the sum of the t_i of the losses that reach it.
         modules: modules whose buffers are to be protected, instead of all that the closure calls.
+        m_sharpness: with ``batches``, perturb along the gradient of each micro-batch instead of their mean.
         replay_rng: draw the same random numbers (dropout) in every pass of a step.
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
             None for every parameter, and ``last["skipped"]`` is True.
@@ -81,6 +86,7 @@ class FlatMTL(Optimizer):
         optimizer: Optimizer,
         *,
         aggregator: str | Aggregator = "cagrad",
+        flat: str | Flatness = "fmtl",
         rho: float | tuple[float, float] = 0.05,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -89,6 +95,7 @@ class FlatMTL(Optimizer):
         family_scale: str | None = "rms",
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
+        m_sharpness: bool = False,
         replay_rng: bool = True,
         nonfinite: str = "raise",
         seed: int = 0,
@@ -110,12 +117,14 @@ class FlatMTL(Optimizer):
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
         self.settings = Settings(
-            get_aggregator(aggregator), bool(adaptive), float(eta), norm, combine, family_scale, bool(replay_rng), seed
-        )
+            get_aggregator(aggregator), get_flatness(flat), bool(adaptive), float(eta), norm, combine, family_scale,
+            bool(m_sharpness), bool(replay_rng), seed,
+        )  # fmt: skip
         self.nonfinite = nonfinite
         self.modules = None if modules is None else list(modules)
         self.roles = Roles(shared)
         self.tasks: list[Task] | None = None
+        self.states: dict[str, Any] = {}
         self.steps = 0
         self.last: dict[str, Any] = {}
         self.optimizer = optimizer
@@ -167,7 +176,7 @@ class FlatMTL(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: Any = None, *, batches: Iterable[Any] | None = None) -> Any:
         """Makes one F-MTL step, or, without a closure, applies `.grad` by the wrapped optimizer.
 
         Args:
@@ -176,28 +185,34 @@ class FlatMTL(Optimizer):
                 It is called K + 1 times. If it has a parameter named `task`, it gets None in the unperturbed pass and
                 the index or key of the one task wanted in a perturbed pass, and may return that loss alone. Or a
                 sequence or dict of closures, one a task, each returning its own loss.
+            batches: micro-batches, for a batch that does not fit at once. The closure is called as `closure(batch)` for
+                each, and both families of gradients are means over them, as are the losses: the step of the one large
+                batch, where the losses are means over their examples, the micro-batches of one size, and the model has
+                no BatchNorm. A task that is absent from some takes the mean over the others.
 
         Returns:
             The losses at the unperturbed point, detached, in the container that came.
         """
         if closure is None:
+            if batches is not None:
+                raise TypeError("batches are given without a closure that takes them")
             with HeldInterrupt():
                 return self._apply()
         with HeldInterrupt() as interrupt:
-            losses = self._backward(closure, None, interrupt)
+            losses = self._backward(closure, batches, None, interrupt)
             if not self.last["skipped"]:
                 self._apply()
         return losses
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def backward(self, closure: Any, grad_scaler: Any = None) -> Any:
+    def backward(self, closure: Any, grad_scaler: Any = None, *, batches: Iterable[Any] | None = None) -> Any:
         """All of a step but the wrapped optimizer's update: parameters restored, the combined update in `.grad`.
 
         Clip, unscale or log between this and `step()`. `.grad` is overwritten, not accumulated.
 
         Args:
-            closure: as for `step`.
+            closure, batches: as for `step`.
             grad_scaler: a `torch.amp.GradScaler`. The losses are scaled, the perturbation is that of the unscaled
                 gradients, and `.grad` holds the scaled update, or Inf if a pass overflowed (whatever `nonfinite` says;
                 nothing else has then changed). Then `scaler.step(optimizer)` and `scaler.update()`, as usual.
@@ -206,21 +221,24 @@ class FlatMTL(Optimizer):
             The losses, as `step`.
         """
         with HeldInterrupt() as interrupt:
-            return self._backward(closure, grad_scaler, interrupt)
+            return self._backward(closure, batches, grad_scaler, interrupt)
 
-    def _backward(self, closure: Any, grad_scaler: Any, interrupt: HeldInterrupt) -> Any:
+    def _backward(self, closure: Any, batches: Iterable[Any] | None, grad_scaler: Any, interrupt: HeldInterrupt) -> Any:
         params = self._parameters()
+        if batches is not None:
+            batches = list(batches)
+            if not batches:
+                raise ValueError("batches is empty: expected at least one micro-batch")
         scaled = grad_scaler is not None and grad_scaler.is_enabled()
         loss_scale = 1.0
         if scaled:  # through scale(), which sets the scaler up at its first call
             loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
         step = Step(
-            params, self.settings, self.roles, draw=self.steps, loss_scale=loss_scale,
-            buffers=Buffers(self.modules), interrupt=interrupt,
+            params, self.settings, self.roles, tasks=self.tasks, states=self.states, draw=self.steps,
+            loss_scale=loss_scale, buffers=Buffers(self.modules), interrupt=interrupt,
         )  # fmt: skip
         try:
-            step.run(closure)
-            self._check_tasks(step)
+            step.run(closure, batches)
         except NonFiniteError:
             step.rollback()
             if not scaled and self.nonfinite == "raise":
@@ -234,6 +252,7 @@ class FlatMTL(Optimizer):
             known = p.tensor in step.new_roles
             p.tensor.grad = update if known else old  # a parameter that no loss ever reached is left alone
         self.roles.of = step.new_roles
+        self.states = step.new_states
         self.tasks = [state.task for state in step.tasks]
         self.last = step.record
         self.steps += 1
@@ -257,14 +276,6 @@ class FlatMTL(Optimizer):
                 "in part",
             )
             raise
-
-    def _check_tasks(self, step: Step) -> None:
-        tasks = [state.task for state in step.tasks]
-        if self.tasks is not None and tasks != self.tasks:
-            raise RuntimeError(
-                f"closure returned losses of tasks {tasks!r}, but earlier steps had {self.tasks!r} "
-                "(return None for a task that is absent from a batch)"
-            )
 
     def _parameters(self) -> list[Parameter]:
         found: list[Parameter] = []
@@ -302,6 +313,7 @@ class FlatMTL(Optimizer):
             "seed": self.settings.seed,
             "tasks": None if self.tasks is None else list(self.tasks),
             "roles": self.roles.state(self._all_tensors()),
+            "states": copy.deepcopy(self.states),
         }
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
@@ -325,11 +337,12 @@ class FlatMTL(Optimizer):
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
         self.steps, self.tasks, self.last = 0, None, {}
-        self.roles.of = {}
+        self.roles.of, self.states = {}, {}
         if own is not None:
             self.steps, self.settings.seed = own["steps"], own["seed"]
             self.tasks = None if own["tasks"] is None else list(own["tasks"])
             self.roles.load(own["roles"], self._all_tensors())
+            self.states = copy.deepcopy(own["states"])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -345,6 +358,14 @@ class FlatMTL(Optimizer):
             )
         if own["tasks"] is not None and self.tasks is not None and len(own["tasks"]) != len(self.tasks):
             raise ValueError(f"state_dict has {len(own['tasks'])} tasks, but the optimizer has {len(self.tasks)}")
+        for kind, state in own["states"].items():
+            method = getattr(self.settings, kind, None)
+            if method is None or method.name != state["name"]:
+                raise ValueError(
+                    f"state_dict holds the state of {kind} {state['name']!r}, but the optimizer has "
+                    f"{None if method is None else method.name!r}"
+                )
+            method.check_state(state, 0 if own["tasks"] is None else len(own["tasks"]), self._all_tensors())
 
     def _all_tensors(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -1,0 +1,225 @@
+"""Evaluations of the user's closure within one step: losses and per-task gradients, at theta and at perturbed points.
+
+Every call of a closure in the unperturbed pass is kept as a `Forward`: with its micro-batch, its tasks, and the random
+state and module buffers it started from, so that it can be made again at another point with the same draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _losses
+from ._losses import Closure, Loss, Task
+from ._point import Point
+from ._protect import Buffers, HeldInterrupt, Pass
+from ._task import TaskState, check_losses, check_square
+
+
+@dataclass(eq=False)
+class Forward:
+    """One call of a closure: `indices` are the tasks whose losses came from it."""
+
+    closure: Closure
+    arguments: tuple[Any, ...]
+    start: Pass
+    indices: list[int]
+
+
+class Passes:
+    """`batches`: arguments of the closure, one a micro-batch; None calls it once, without one."""
+
+    def __init__(
+        self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
+        replay_rng: bool, loss_scale: float, roles_given: bool,
+    ) -> None:  # fmt: skip
+        self.closure, self.point = closure, point
+        self.arguments: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
+        self.buffers, self.interrupt, self.replay_rng = buffers, interrupt, replay_rng
+        self.loss_scale, self.roles_given = loss_scale, roles_given
+        self.forwards: list[list[Forward]] = [[] for _ in self.arguments]  # by micro-batch
+        self.tasks: list[Task] = []
+        self._containers: list[Any] = []
+        self._form = ""
+        self._first: Pass | None = None
+        if _losses.is_per_task(closure):
+            _losses.check_closures(closure)
+
+    # -- at theta --------------------------------------------------------------------------------------------------
+
+    def unperturbed(self, micro: Sequence[int]) -> list[TaskState]:
+        """Losses and gradients g_i, h_i, means over the micro-batches with these numbers; not checked for Inf and NaN.
+        An absent task has the loss None."""
+        states = TaskState.mean([self._unperturbed(m) for m in micro])
+        self.point.check_unchanged()
+        return states
+
+    def _unperturbed(self, m: int) -> list[TaskState]:
+        if _losses.is_per_task(self.closure):
+            container: Any = self.closure
+            states = []
+            for i, task in enumerate(_losses.tasks_of(container)):
+                forward = Forward(container[task], self.arguments[m], self._start(), [])
+                value = self._call(forward, None)
+                loss = None if value is None else _losses.read_loss(task, value)
+                states.append(self._state(forward, i, task, loss, retain_graph=False, alone=True))
+                self.forwards[m].append(forward)
+        else:
+            forward = Forward(self.closure, self.arguments[m], self._start(), [])
+            container = self._call(forward, None)
+            losses = _losses.read_losses(container)
+            last = max((i for i, loss in enumerate(losses) if loss is not None), default=-1)
+            states = [
+                self._state(forward, i, task, loss, retain_graph=i < last, alone=len(losses) == 1)
+                for i, (task, loss) in enumerate(zip(_losses.tasks_of(container), losses, strict=True))
+            ]
+            self.forwards[m].append(forward)
+        self._check_form(container, "another micro-batch")
+        values = [s.loss for s in states]
+        self._containers.append(_losses.like_container(container, values))
+        self.tasks = [s.task for s in states]
+        return states
+
+    def _state(
+        self, forward: Forward, index: int, task: Task, loss: Loss | None, *, retain_graph: bool, alone: bool
+    ) -> TaskState:
+        state = TaskState(task, index)
+        if loss is None:
+            return state
+        if not (loss.separable or alone or self.roles_given):
+            raise RuntimeError(
+                f"loss of task {task!r} is an element of a vector computed as a whole, so the graph does not tell "
+                "which parameters it reaches. Return the losses as separate scalars (or torch.stack of them), or "
+                "name the shared parameters: FlatMTL(..., shared=...)"
+            )
+        forward.indices.append(index)
+        state.loss = loss.value
+        state.grads = self._gradients(loss, range(len(self.point.tensors)), retain_graph)
+        return state
+
+    def losses(self) -> Any:
+        """The unperturbed losses, detached, in the container that the closure returned; means over micro-batches."""
+        first, *rest = self._containers
+        return _losses.mean_container(first, rest) if rest else first
+
+    # -- at another point ------------------------------------------------------------------------------------------
+
+    def perturbed(self, micro: Sequence[int], states: Sequence[TaskState]) -> None:
+        """Fills `perturbed` and `perturbed_loss` of the states with s_i, t_i at the point where the parameters stand.
+
+        One closure for all tasks is called once a micro-batch, whatever the number of states.
+        """
+        parts = [self._perturbed(m, {s.index: s for s in states}) for m in micro]
+        self.point.check_unchanged()
+        check_losses([(s.task, s.loss) for part in parts for s in part if s.loss is not None], "perturbed")
+        for state, mean in zip(states, TaskState.mean(parts), strict=True):
+            state.perturbed_loss = mean.loss
+            state.perturbed = [None] * len(state.grads)
+            for i in state.reached:
+                g = mean.grads[i]
+                state.perturbed[i] = torch.zeros_like(self.point.tensors[i]) if g is None else g
+            square = self.point.arithmetic.sq_norm(self.point.row(state.perturbed, state.own), state.own)
+            check_square(square, state.task, "perturbed")
+
+    def _perturbed(self, m: int, states: dict[int, TaskState]) -> list[TaskState]:
+        found = {i: TaskState(s.task, i) for i, s in states.items()}
+        for forward in self.forwards[m]:
+            wanted = [i for i in forward.indices if i in states]
+            losses = self._again(forward, wanted) if wanted else []
+            for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
+                reached = states[i].reached
+                grads = self._gradients(loss, reached, retain_graph=k + 1 < len(wanted))
+                found[i].loss = loss.value
+                found[i].grads = [None] * len(self.point.tensors)
+                for j, g in zip(reached, grads, strict=True):
+                    found[i].grads[j] = g
+        return list(found.values())
+
+    def losses_here(self, micro: Sequence[int], states: Sequence[TaskState]) -> list[Tensor]:
+        """Losses alone of the states' tasks where the parameters stand, means over the micro-batches: forwards without
+        graphs."""
+        values: dict[int, list[Tensor]] = {s.index: [] for s in states}
+        for m in micro:
+            for forward in self.forwards[m]:
+                wanted = [i for i in forward.indices if i in values]
+                for i, value in zip(wanted, self._again(forward, wanted, grad=False) if wanted else [], strict=True):
+                    values[i].append(value.value)
+        self.point.check_unchanged()
+        return [torch.stack(values[s.index]).mean() for s in states]
+
+    def _again(self, forward: Forward, wanted: Sequence[int], grad: bool = True) -> list[Loss]:
+        """The losses of the wanted tasks of a forward, made again from where it started."""
+        forward.start.restore(rng=self.replay_rng)
+        task = self.tasks[wanted[0]] if len(wanted) == 1 else None
+        value = self._call(forward, task, grad)
+        if _losses.is_per_task(self.closure):
+            if value is None:
+                raise RuntimeError(f"closure of task {task!r} returned None in the perturbed pass only")
+            return [_losses.read_loss(task, value, grad)]
+        if len(wanted) == 1 and isinstance(value, Tensor) and value.dim() == 0 and _losses.takes_task(forward.closure):
+            return [_losses.read_loss(task, value, grad)]
+        self._check_form(value, "a perturbed pass")
+        losses = _losses.read_losses(value, grad)
+        found = []
+        for i in wanted:
+            loss = losses[i]
+            if loss is None:
+                raise RuntimeError(f"loss of task {self.tasks[i]!r} is None in the perturbed pass only")
+            found.append(loss)
+        return found
+
+    def _check_form(self, container: Any, where: str) -> None:
+        form = _losses.describe(container)
+        if form != (self._form or form):
+            raise RuntimeError(f"closure returned {self._form} in the unperturbed pass, but {form} in {where}")
+        self._form = form
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> Pass:
+        start = self.snapshot()
+        if self._first is None:
+            self._first = start
+        return start
+
+    def snapshot(self) -> Pass:
+        """Random state and module buffers as they are now."""
+        return Pass(self.buffers, self.point.devices)
+
+    def rollback(self) -> None:
+        """Random state and module buffers as they were before the first call."""
+        if self._first is not None:
+            self._first.restore()
+
+    def _call(self, forward: Forward, task: Task | None, grad: bool = True) -> Any:
+        with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching():
+            if _losses.takes_task(forward.closure):
+                return forward.closure(*forward.arguments, task=task)
+            return forward.closure(*forward.arguments)
+
+    def _gradients(self, loss: Loss, indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
+        assert loss.edge is not None
+        tensors = [self.point.tensors[i] for i in indices]
+        meta = loss.edge.node._input_metadata[loss.edge.output_nr]
+        seed = torch.full(tuple(meta.shape), self.loss_scale, dtype=meta.dtype, device=meta.device)
+        with self.interrupt.window():
+            grads = torch.autograd.grad(
+                [loss.edge], tensors, grad_outputs=[seed], retain_graph=retain_graph, allow_unused=True
+            )
+        return [
+            None if g is None else _fitted(g, t, self.point.params[i].name)
+            for g, t, i in zip(grads, tensors, indices, strict=True)
+        ]
+
+
+def _fitted(grad: Tensor, param: Tensor, name: str) -> Tensor:
+    """`grad` in the memory layout of its parameter."""
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"gradient of parameter {name} is sparse ({grad.layout}); dense gradients are required")
+    if grad.stride() == param.stride():
+        return grad
+    return torch.empty_like(param).copy_(grad)

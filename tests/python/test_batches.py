@@ -1,0 +1,103 @@
+"""Micro-batches: means over them equal the large batch; m-sharpness perturbs along each one's own gradient."""
+
+from __future__ import annotations
+
+import flatmtl
+import pytest
+import torch
+import torch.nn.functional as F
+from models import TwoHeads, batch, two_heads, values
+from torch import Tensor
+from torch.optim import SGD
+
+Batch = tuple[Tensor, list[Tensor]]
+
+
+def split(x: Tensor, y: list[Tensor], parts: int) -> list[Batch]:
+    return list(zip(x.chunk(parts), zip(*(t.chunk(parts) for t in y), strict=True), strict=True))  # type: ignore[arg-type]
+
+
+def losses_of(model: TwoHeads, part: Batch) -> list[Tensor]:
+    return [F.cross_entropy(out, t) for out, t in zip(model(part[0]), part[1], strict=True)]
+
+
+@pytest.mark.parametrize("per_task", [False, True])
+@pytest.mark.parametrize("rho", [0.0, 0.2])
+def test_equals_the_large_batch(rho: float, per_task: bool) -> None:
+    x, y = batch()
+    results = []
+    for parts in (1, 4):
+        model = two_heads()
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=rho, aggregator="mgda")
+        closure = [lambda b, i=i, m=model: losses_of(m, b)[i] for i in range(2)] if per_task else None
+        for _ in range(2):
+            losses = optimizer.step(closure or (lambda b, m=model: losses_of(m, b)), batches=split(x, y, parts))
+        results.append([*values(model), *losses, optimizer.last["weights_loss"], optimizer.last["losses"]])
+    for one, four in zip(*results, strict=True):
+        torch.testing.assert_close(four, one, rtol=1e-11, atol=1e-13)
+
+
+def test_one_batch_is_no_batch_bit_for_bit() -> None:
+    x, y = batch()
+    a, b = two_heads(norm=True, dropout=0.2), two_heads(norm=True, dropout=0.2)
+    torch.manual_seed(5)
+    flatmtl.FlatMTL(SGD(a.parameters(), lr=0.1)).step(lambda: losses_of(a, (x, y)))
+    torch.manual_seed(5)
+    flatmtl.FlatMTL(SGD(b.parameters(), lr=0.1), m_sharpness=True).step(lambda p: losses_of(b, p), batches=[(x, y)])
+    for s, t in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert torch.equal(s, t)
+
+
+def test_m_sharpness_by_hand() -> None:
+    # one linear model, one task: s = mean over micro-batches of the gradient at theta + rho g_m / ||g_m||
+    x, target = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    start, rho, lr = torch.randn(3, dtype=torch.float64), 0.4, 0.1
+
+    def gradient(theta: Tensor, part: slice) -> Tensor:
+        return 2 * x[part].T @ (x[part] @ theta - target[part]) / 4
+
+    expected = torch.zeros(3, dtype=torch.float64)
+    for part in (slice(0, 4), slice(4, 8)):
+        g = gradient(start, part)
+        expected += gradient(start + rho * g / g.norm(), part) / 2
+    theta = torch.nn.Parameter(start.clone())
+    optimizer = flatmtl.FlatMTL(SGD([theta], lr=lr), rho=rho, m_sharpness=True)
+    optimizer.step(lambda p: ((x[p] @ theta - target[p]) ** 2).mean(), batches=[slice(0, 4), slice(4, 8)])
+    torch.testing.assert_close(theta.detach(), start - lr * expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("m_sharpness", [False, True])
+def test_task_absent_from_some_micro_batches(m_sharpness: bool) -> None:
+    # task 1 is in the second micro-batch alone: the mean over that one is its gradient
+    x, y = batch()
+    model, other = two_heads(), two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), aggregator="sum", m_sharpness=m_sharpness)
+    parts = split(x, y, 2)
+    calls = []
+
+    def closure(k: int) -> list[Tensor | None]:
+        calls.append(k)
+        losses: list[Tensor | None] = [*losses_of(model, parts[k])]
+        return losses if k == 1 else [losses[0], None]
+
+    losses = optimizer.step(closure, batches=[0, 1])
+    alone = losses_of(other, parts[1])[1]
+    torch.testing.assert_close(losses[1], alone.detach())
+    assert calls.count(1) == 3  # the first micro-batch is not run again for task 1
+    assert calls.count(0) == 2
+
+
+def test_errors() -> None:
+    x, y = batch()
+    model = two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1))
+    before = values(model)
+    with pytest.raises(ValueError, match="batches is empty"):
+        optimizer.step(lambda b: losses_of(model, b), batches=[])
+    with pytest.raises(TypeError, match="without a closure"):
+        optimizer.step(batches=[(x, y)])
+    forms = iter([2, 1])
+    with pytest.raises(RuntimeError, match=r"list of 2 .* but a list of 1 in another micro-batch"):
+        optimizer.step(lambda b: losses_of(model, b)[: next(forms)], batches=split(x, y, 2))
+    for a, b in zip(before, values(model), strict=True):
+        assert torch.equal(a, b)
