@@ -6,7 +6,9 @@
 """
 
 from . import _ops as _ops  # loads the library
+from . import helpers as helpers
 from . import metrics as metrics
+from . import regularizers as regularizers
 from . import script as script
 from ._task import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
@@ -34,7 +36,9 @@ __all__ = [
     "aggregate",
     "cmake_prefix_path",
     "gramian",
+    "helpers",
     "metrics",
+    "regularizers",
     "script",
     "weights",
 ]  # fmt: skip
