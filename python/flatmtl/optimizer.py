@@ -220,6 +220,8 @@ class FlatMTL(Optimizer):
         Returns:
             The losses, as `step`.
         """
+        if isinstance(self.optimizer, FlatMTL):  # self is a wrapper that imitates this class, as Lightning's does
+            return self.optimizer.backward(closure, grad_scaler, batches=batches)
         with HeldInterrupt() as interrupt:
             return self._backward(closure, batches, grad_scaler, interrupt)
 
