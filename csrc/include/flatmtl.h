@@ -68,7 +68,8 @@ typedef enum flatmtl_status {
   FLATMTL_ERROR_OPTION = -8,    /* wrong number of options, or an option out of range */
   FLATMTL_ERROR_NONFINITE = -9, /* Inf or NaN; error->row names the row (task) */
   FLATMTL_ERROR_ORDER = -10,    /* a function of flatmtl_step_* called out of order */
-  FLATMTL_ERROR_INTERNAL = -11  /* a solve did not reach its tolerance: a bug, please report it */
+  FLATMTL_ERROR_INTERNAL = -11, /* a solve did not reach its tolerance: a bug, please report it */
+  FLATMTL_ERROR_LOSS = -12      /* a loss outside the range that the method is defined for; error->row names the task */
 } flatmtl_status;
 
 /* What went wrong, and where. Fields that do not apply are -1 (row, segment) or NAN (value). */
@@ -294,6 +295,106 @@ FLATMTL_API flatmtl_status flatmtl_step_weights(const flatmtl_context *context, 
                                                 int32_t num_tasks, const double *gramian_pair,
                                                 const double *perturbed_gramian, double *loss_weights,
                                                 double *flat_weights, flatmtl_status *family_status,
+                                                flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
+ * Loss weightings
+ *
+ * Weights c_i of the losses l_i: a step with a weighting is the step of the losses c_i l_i with c held constant. That
+ * is, the rows c_i g_i go to the aggregator (scale the Gramian by c c' and its weights by c), and the updates of the
+ * heads are scaled by c_i.
+ *
+ * State is v vectors of K doubles, one after another; all zero is fresh. Every entry belongs to one task, so that a
+ * host whose tasks come and go gathers the entries of those present, calls, and scatters them back: the state of an
+ * absent task stays as it is. Learned parameters take one step of Adam (beta 0.9 and 0.999, no epsilon) a call. exp,
+ * log and pow are the C library's: another C library may differ in the last bit; instruction sets do not.
+ *
+ * p: the losses must be > 0 (ERROR_LOSS names the first that is not). "an epoch" is a number of steps of the task.
+ */
+
+typedef enum flatmtl_weighting {
+  FLATMTL_WEIGHTING_FIXED = 0, /* c = options[0 .. K-1], finite and >= 0, 1. No state. */
+  FLATMTL_WEIGHTING_UW = 1,    /* 1705.07115: minimise SUM exp(-s_i) l_i / 2 + s_i / 2 over s too; c = exp(-s) / 2.
+                                  options: lr > 0, 0.025; initial s, -0.5. state: count, s, Adam's moment, root of Adam's
+                                  second moment. */
+  FLATMTL_WEIGHTING_DWA = 2,   /* 1803.10704: c = K softmax(r / T), r_i the ratio of the mean losses in the last two
+                                  epochs, 1 before there are two. losses >= 0. options: T > 0, 2; steps in an epoch, 25.
+                                  state: count, mean, last, previous, epochs. */
+  FLATMTL_WEIGHTING_RLW = 3,   /* 2111.10603: c = softmax of standard normal numbers. options: seed, draw; both integers
+                                  >= 0 below 2^53. No state. */
+  FLATMTL_WEIGHTING_SI = 4,    /* minimise SUM log l_i: c = 1 / l. p. No options, no state. */
+  FLATMTL_WEIGHTING_GLS = 5,   /* 1904.08492: minimise (PROD l_i)^(1/K): c_i = (PROD l)^(1/K) / (K l_i). p. No options,
+                                  no state. */
+  FLATMTL_WEIGHTING_STCH = 6,  /* 2402.19078: c_i = K softmax(log(l_i / z_i) / mu) / l_i; 1 / l_i in the first `warmup`
+                                  epochs and in the one after, whose mean loss is the nadir z_i. p. options: mu > 0, 1;
+                                  steps in an epoch, 25; warmup, 4. state: count, nadir. */
+  FLATMTL_WEIGHTING_IMTL_L = 7, /* IMTL, ICLR 2021: minimise SUM exp(s_i) l_i - s_i over s too; c = exp(s), s = 0 at
+                                   first. p. options: lr > 0, 0.001. state: as UW's. */
+  FLATMTL_WEIGHTING_FAMO = 8,   /* 2306.03792: c_i proportional to softmax(xi)_i / (l_i - m_i), SUM c = 1; xi is learned
+                                   by flatmtl_loss_observe. losses > m. options: lr > 0, 0.025; gamma >= 0 (weight decay
+                                   of xi), 0.01; m_1 .. m_K, lower bounds of the losses, 0. state: count, xi, Adam's
+                                   moment, root of its second. */
+  FLATMTL_WEIGHTING_GRADNORM =
+      9, /* 1711.02257: c_i ||g_i|| is driven towards mean(c ||g||) r_i^alpha, r_i the relative
+            l_i / l_i(first); SUM c = K, c >= 1e-6 of their mean. p. norms. options: alpha >= 0,
+            1.5; lr > 0, 0.025. state: count, first loss, c, Adam's moment, root of its second. */
+  FLATMTL_WEIGHTING_GO4ALIGN = 10, /* 2404.06486: q_i <- q_i exp(-eta l_i), risks q_i SUM_j l_j / l_i (q of sum 1),
+                                      clustered exactly into groups; c is the mean of the task's group. p. options: eta
+                                      >= 0, 1e-4; groups, an integer >= 1, 1. state: log q. */
+  FLATMTL_WEIGHTING_SLAW = 11, /* 2109.08218: c_i = K (1 / s_i) / SUM_j 1 / s_j, s_i the moving standard deviation of
+                                  the loss, at least 1e-6 of its mean; 1 at a task's first step. options: beta in [0,
+                                  1), 0.99. state: count, mean, deviation. */
+  FLATMTL_WEIGHTING_BMTL = 12, /* 2002.04792: minimise SUM exp(l_i / T), divided by the mean weight: c = K softmax(l /
+                                  T). options: T > 0, 50. No state. The paper's abstract was read alone; exp and T = 50
+                                  are taken from memory. */
+  FLATMTL_WEIGHTING_EMTL = 13, /* 2306.09373, reconstructed from its abstract: contributions l_i / ||g_i||, divided by
+                                  their mean: r_i; c = argmin ||w - 1||^2 + lambda Var(w r) subject to SUM w = K. p.
+                                  norms. options: lambda >= 0, 1. No state. */
+  FLATMTL_NUM_WEIGHTINGS = 14
+} flatmtl_weighting;
+
+/* "fixed", "uw", "dwa", "rlw", "si", "gls", "stch", "imtl_l", "famo", "gradnorm", "go4align", "slaw", "bmtl", "emtl".
+ */
+FLATMTL_API flatmtl_status flatmtl_weighting_by_name(const char *name, flatmtl_weighting *weighting,
+                                                     flatmtl_error *error);
+
+/* The name of a weighting, or NULL if there is none with that number. */
+FLATMTL_API const char *flatmtl_weighting_name(flatmtl_weighting weighting);
+
+/* The defaults of a weighting's options, as flatmtl_method_defaults. */
+FLATMTL_API flatmtl_status flatmtl_weighting_defaults(flatmtl_weighting weighting, int32_t num_tasks, double *options,
+                                                      int32_t *num_options, flatmtl_error *error);
+
+/* Doubles of state, v K.
+ *  count  out */
+FLATMTL_API flatmtl_status flatmtl_weighting_state_size(flatmtl_weighting weighting, int32_t num_tasks, int64_t *count,
+                                                        flatmtl_error *error);
+
+/* c from the losses of this step, and the state of the next.
+ *  options   [num_options] as listed at flatmtl_weighting; num_options == 0 takes the defaults
+ *  losses    [K], finite
+ *  norms     [K] ||g_i||, the norms of the gradients, finite and >= 0, where the method needs them (`norms` above);
+ *            otherwise ignored and may be NULL. GradNorm's paper takes the last shared layer, a caller may take all
+ *            shared parameters
+ *  state     [flatmtl_weighting_state_size], in and out; NULL if that is 0
+ *  weights   [K], out, each in [0, DBL_MAX]
+ * state and weights are written on success alone; they may overlap nothing. */
+FLATMTL_API flatmtl_status flatmtl_loss_weights(const flatmtl_context *context, flatmtl_weighting weighting,
+                                                const double *options, int32_t num_options, int32_t num_tasks,
+                                                const double *losses, const double *norms, double *state,
+                                                double *weights, flatmtl_error *error);
+
+/* Whether a weighting learns from the losses after the update: 1 (FAMO) or 0. */
+FLATMTL_API int flatmtl_weighting_observes(flatmtl_weighting weighting);
+
+/* FAMO's step on xi, along J_softmax' (log(l - m) - log(l_after - m)) + gamma xi; nothing for the others.
+ *  losses        [K], those that flatmtl_loss_weights had
+ *  losses_after  [K], of the same batch after the update. One that is not finite leaves its task out; one that is not
+ *                above m_i counts as 2^-52 of the distance before
+ *  state         in and out, as above */
+FLATMTL_API flatmtl_status flatmtl_loss_observe(const flatmtl_context *context, flatmtl_weighting weighting,
+                                                const double *options, int32_t num_options, int32_t num_tasks,
+                                                const double *losses, const double *losses_after, double *state,
                                                 flatmtl_error *error);
 
 /* ------------------------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_
   if (doubles < FM_BLOCK) doubles = FM_BLOCK;
   if (doubles < fm_weights_work(num_tasks)) doubles = fm_weights_work(num_tasks);
   if (doubles < fm_step_weights_work(num_tasks)) doubles = fm_step_weights_work(num_tasks);
+  if (doubles < fm_weightings_work(num_tasks)) doubles = fm_weightings_work(num_tasks);
   *bytes = (doubles * sizeof(double) + 63) / 64 * 64;
   return FLATMTL_OK;
 }

@@ -40,6 +40,9 @@ flatmtl_status fm_weights(flatmtl_method method, const double *options, int32_t 
 size_t fm_weights_work(int32_t num_tasks);
 size_t fm_step_weights_work(int32_t num_tasks);
 
+/* Doubles of scratch for flatmtl_loss_weights and flatmtl_loss_observe. */
+size_t fm_weightings_work(int32_t num_tasks);
+
 /* The context's workspace as doubles, after a check that it holds flatmtl_workspace_size(num_tasks) bytes. */
 flatmtl_status fm_workspace(const flatmtl_context *context, int32_t num_tasks, double **work, flatmtl_error *error);
 

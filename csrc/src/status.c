@@ -45,6 +45,8 @@ static const char *describe(flatmtl_status status) {
       return "Inf or NaN";
     case FLATMTL_ERROR_ORDER:
       return "called out of order";
+    case FLATMTL_ERROR_LOSS:
+      return "a loss is outside the range that the method is defined for";
     case FLATMTL_ERROR_INTERNAL:
       return "a solve did not reach its tolerance (a bug in flatmtl, please report it)";
   }

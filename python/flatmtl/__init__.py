@@ -14,6 +14,23 @@ from ._task import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL
+from .weightings import (
+    BMTL,
+    DWA,
+    EMTL,
+    FAMO,
+    GLS,
+    IMTLL,
+    RLW,
+    SI,
+    SLAW,
+    STCH,
+    UW,
+    FixedWeights,
+    GO4Align,
+    GradNorm,
+    Weighting,
+)  # fmt: skip
 
 __version__: str = _ops.core.flatmtl_version().decode()
 
@@ -21,18 +38,33 @@ __version__: str = _ops.core.flatmtl_version().decode()
 cmake_prefix_path: str = str(_ops.LIBRARY_PATH.parent)
 
 __all__ = [
+    "BMTL",
+    "DWA",
+    "EMTL",
+    "FAMO",
+    "GLS",
     "IMTLG",
+    "IMTLL",
     "MGDA",
+    "RLW",
+    "SI",
+    "SLAW",
+    "STCH",
+    "UW",
     "Aggregator",
     "CAGrad",
     "FairGrad",
     "Fixed",
+    "FixedWeights",
     "FlatMTL",
+    "GO4Align",
+    "GradNorm",
     "Mean",
     "NashMTL",
     "NonFiniteError",
     "PCGrad",
     "Sum",
+    "Weighting",
     "aggregate",
     "cmake_prefix_path",
     "gramian",

@@ -58,19 +58,21 @@ def _load() -> tuple[Path, ctypes.CDLL]:
 
 LIBRARY_PATH, core = _load()
 core.flatmtl_method_name.restype = ctypes.c_char_p
+core.flatmtl_weighting_name.restype = ctypes.c_char_p
 core.flatmtl_version.restype = ctypes.c_char_p
 core.flatmtl_isa.restype = ctypes.c_char_p
 
 
-def _method_numbers() -> dict[str, int]:
+def _numbers(name_of: Any) -> dict[str, int]:
     numbers: dict[str, int] = {}
-    while (name := core.flatmtl_method_name(len(numbers))) is not None:
+    while (name := name_of(len(numbers))) is not None:
         numbers[name.decode()] = len(numbers)
     return numbers
 
 
 # Numbers of the enums in flatmtl.h.
-METHODS = _method_numbers()
+METHODS = _numbers(core.flatmtl_method_name)
+WEIGHTINGS = _numbers(core.flatmtl_weighting_name)
 COMBINE = {"decomposed": 0, "direct": 1, "second": 2, "each": 3}
 FAMILY_SCALE = {None: 0, "none": 0, "rms": 1}
 PARETO_STATIONARY = 1
@@ -79,6 +81,14 @@ PARETO_STATIONARY = 1
 def isa() -> str:
     """The instruction set that the C core uses: "base", "avx2", "avx512" or "neon"."""
     return str(core.flatmtl_isa().decode())
+
+
+def weighting_state_size(weighting: int, num_tasks: int) -> int:
+    """Numbers of state of a loss weighting."""
+    count = ctypes.c_int64()
+    if core.flatmtl_weighting_state_size(weighting, num_tasks, ctypes.byref(count), None) < 0:
+        raise ValueError(f"num_tasks is {num_tasks}; it must be between 1 and 4096")
+    return count.value
 
 
 # Fake kernels: dtypes and shapes of the results, for torch.compile, torch.export and meta tensors. The ops that change
@@ -156,3 +166,12 @@ def _(
     out: list[Tensor], loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_weights: Tensor,
     flat_weights: Tensor,
 ) -> None: ...  # fmt: skip
+
+
+@fake("flatmtl::loss_weights")
+def _(losses: Tensor, norms: Tensor | None, weighting: int, options: list[float], state: Tensor) -> Tensor:
+    return _doubles(losses, losses.shape[0])
+
+
+@fake("flatmtl::loss_observe")
+def _(losses: Tensor, losses_after: Tensor, weighting: int, options: list[float], state: Tensor) -> None: ...
