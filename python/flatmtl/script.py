@@ -1,4 +1,4 @@
-"""Gramian, weights and aggregation for code under `torch.jit.script`.
+"""Gramian, weights, aggregation and loss weightings for code under `torch.jit.script`.
 
 >>> @torch.jit.script
 ... def update(rows: list[list[Tensor]]) -> list[Tensor]:
@@ -36,6 +36,43 @@ def aggregate(rows: list[list[Tensor]], method: str, options: list[float]) -> li
     """The update SUM_i w_i x_i, shaped like one row."""
     result: list[Tensor] = torch.ops.flatmtl.aggregate(_flat(rows), len(rows), method_number(method), options)
     return result
+
+
+def loss_weights(
+    losses: Tensor, weighting: str, options: list[float], state: Tensor, norms: Tensor | None = None
+) -> Tensor:
+    """Weights of a loss weighting, (K,) float64, from (K,) losses and, for GradNorm and EMTL, norms of gradients.
+
+    `state` is a contiguous float64 tensor on the CPU, changed in place; `loss_state` makes one.
+    """
+    double_norms: Tensor | None = None
+    if norms is not None:
+        double_norms = norms.detach().to(torch.float64).contiguous()
+    double = losses.detach().to(torch.float64).contiguous()
+    result: Tensor = torch.ops.flatmtl.loss_weights(double, double_norms, weighting_number(weighting), options, state)
+    return result
+
+
+def loss_observe(losses: Tensor, losses_after: Tensor, weighting: str, options: list[float], state: Tensor) -> None:
+    """What FAMO learns from the losses of one batch before and after the update: changes `state` in place."""
+    before = losses.detach().to(torch.float64).contiguous()
+    after = losses_after.detach().to(torch.float64).contiguous()
+    torch.ops.flatmtl.loss_observe(before, after, weighting_number(weighting), options, state)
+
+
+def loss_state(weighting: str, num_tasks: int) -> Tensor:
+    """The state of a weighting that starts afresh."""
+    vectors = [0, 4, 5, 0, 0, 0, 2, 4, 4, 5, 1, 3, 0, 0]
+    return torch.zeros([vectors[weighting_number(weighting)] * num_tasks], dtype=torch.float64)
+
+
+def weighting_number(weighting: str) -> int:
+    """The number of a loss weighting, by its name."""
+    names = ["fixed", "uw", "dwa", "rlw", "si", "gls", "stch", "imtl_l", "famo", "gradnorm", "go4align", "slaw", "bmtl", "emtl"]  # fmt: skip
+    for number, name in enumerate(names):
+        if name == weighting:
+            return number
+    raise RuntimeError("flatmtl.script: there is no weighting " + weighting + "; known: " + ", ".join(names))
 
 
 def method_number(method: str) -> int:

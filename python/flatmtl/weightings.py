@@ -172,7 +172,7 @@ class DWA(Weighting):
 
     Options: temperature = 2, the paper's T; epoch = 25, the number of steps in an epoch. The paper means true epochs:
     set epoch=len(loader) for those. 25 is the window of the Nash-MTL authors' code. Cost: 5 K numbers of state.
-    Invariant.
+    The weights do not depend on the losses' units, so that the update does: not invariant.
 
     Liu, Johns and Davison, End-to-End Multi-Task Learning with Attention, arXiv 1803.10704.
     """
@@ -290,7 +290,7 @@ class FAMO(Weighting):
 
     Options: lr = 0.025, of xi; gamma = 0.01, its weight decay (the authors' default and Cityscapes; 0.001 for NYUv2,
     CelebA and QM9; 0 for their toy problem); min_losses, the m_i, 0 each. Cost: one forward a step and 4 K numbers of
-    state. Invariant (for m = 0).
+    state. Invariant up to the length of the update (for m = 0; SUM c = 1).
 
     Liu et al., FAMO: Fast Adaptive Multitask Optimization, arXiv 2306.03792.
     """
@@ -334,7 +334,7 @@ class GradNorm(Weighting):
     has to name a layer, and the norms are there already.
 
     Options: alpha = 1.5, the paper's for NYUv2; lr = 0.025, of c, chosen as UW's. Cost: 5 K numbers of state.
-    Invariant once c has settled.
+    Invariant up to the length of the update (SUM c = K), once c has settled.
 
     Chen et al., GradNorm, arXiv 1711.02257.
     """
@@ -382,7 +382,8 @@ class SLAW(Weighting):
     c_i = K (1 / s_i) / SUM_j 1 / s_j, s_i the standard deviation of the task's loss by exponential moving averages, at
     least 1e-6 of its mean. 1 at a task's first step.
 
-    Option: beta = 0.99, of the averages, as the authors' code. Cost: 3 K numbers of state. Invariant.
+    Option: beta = 0.99, of the averages, as the authors' code. Cost: 3 K numbers of state. Invariant up to the length
+    of the update (SUM c = K).
 
     Crawshaw and Košecká, SLAW: Scaled Loss Approximate Weighting, arXiv 2109.08218.
     """

@@ -43,7 +43,7 @@ void fm_observe_famo(const fm_weighting_call *call, double *weights) {
   const int32_t n = call->num_tasks;
   const double lr = call->options[0], gamma = call->options[1], *floors = call->options + 2;
   double *count = call->state, *xi = count + n, *moment = xi + n, *root = moment + n;
-  double *z = call->work, *delta = z + n, mean = 0.0, mass = 0.0;
+  double *z = call->work, *delta = z + n, mean = 0.0, mass = 0.0, largest = 0.0;
   (void)weights;
   fm_softmax(n, xi, 1.0, z);
   for (int32_t i = 0; i < n; i++) {
@@ -53,11 +53,14 @@ void fm_observe_famo(const fm_weighting_call *call, double *weights) {
     delta[i] = log(before) - log(fmax(after, 0x1p-52 * before));
     mean += z[i] * delta[i];
     mass += z[i];
+    largest = fmax(largest, fabs(log(before)) + fabs(delta[i]));
   }
   if (mass > 0.0) mean /= mass;
   for (int32_t i = 0; i < n; i++) {
     if (isnan(delta[i])) continue;
     count[i] += 1.0;
-    xi[i] -= fm_adam(z[i] * (delta[i] - mean) + gamma * xi[i], lr, count[i], &moment[i], &root[i]);
+    /* What is left of equal rates is rounding: Adam would make a step of it. */
+    const double ahead = fabs(delta[i] - mean) > 0x1p-48 * largest ? delta[i] - mean : 0.0;
+    xi[i] -= fm_adam(z[i] * ahead + gamma * xi[i], lr, count[i], &moment[i], &root[i]);
   }
 }
