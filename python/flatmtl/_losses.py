@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,6 +207,20 @@ def _follow_element(edge: GradientEdge) -> GradientEdge | None:
         index -= 2**64 - length if index >= 2**63 else 0
     scalars = _scalars_of(parents[0], length)
     return scalars[index] if scalars is not None and 0 <= index < length else None
+
+
+def leaves(edge: GradientEdge, stop: Iterable[Any] = ()) -> set[Tensor]:
+    """The leaf tensors that the graph behind `edge` reaches, without looking behind the nodes in `stop`."""
+    seen, found, todo = {*stop}, set(), [edge.node]
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if (variable := getattr(node, "variable", None)) is not None:
+            found.add(variable)
+        todo.extend(n for n, _ in node.next_functions if n is not None)
+    return found
 
 
 def like_container(container: Any, values: list[Tensor | None]) -> Any:

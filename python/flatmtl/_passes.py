@@ -45,20 +45,31 @@ class Passes:
         self.tasks: list[Task] = []
         self._containers: list[Any] = []
         self._form = ""
+        self.sum: list[Tensor | None] | None = None
         self._first: Pass | None = None
         if _losses.is_per_task(closure):
             _losses.check_closures(closure)
 
     # -- at theta --------------------------------------------------------------------------------------------------
 
-    def unperturbed(self, micro: Sequence[int]) -> list[TaskState]:
+    def unperturbed(self, micro: Sequence[int], summed: bool = False) -> list[TaskState]:
         """Losses and gradients g_i, h_i, means over the micro-batches with these numbers; not checked for Inf and NaN.
-        An absent task has the loss None."""
-        states = TaskState.mean([self._unperturbed(m) for m in micro])
+        An absent task has the loss None.
+
+        With `summed` one backward gives the gradient of the sum of the losses alone, to be found in `self.sum`, and
+        what each loss reaches is read from its graph.
+        """
+        parts, sums = [], []
+        for m in micro:
+            sum_of_tasks = TaskState("sum of the losses", -1) if summed else None
+            parts.append(self._unperturbed(m, sum_of_tasks))
+            sums.append([sum_of_tasks])
+        states = TaskState.mean(parts)
+        self.sum = TaskState.mean(sums)[0].grads if summed else None  # type: ignore[arg-type]
         self.point.check_unchanged()
         return states
 
-    def _unperturbed(self, m: int) -> list[TaskState]:
+    def _unperturbed(self, m: int, total: TaskState | None) -> list[TaskState]:
         if _losses.is_per_task(self.closure):
             container: Any = self.closure
             states = []
@@ -66,17 +77,18 @@ class Passes:
                 forward = Forward(container[task], self.arguments[m], self._start(), [])
                 value = self._call(forward, None)
                 loss = None if value is None else _losses.read_loss(task, value)
-                states.append(self._state(forward, i, task, loss, retain_graph=False, alone=True))
+                states.append(self._state(forward, i, task, loss, alone=True))
+                self._differentiate([loss], [states[-1]], total)
                 self.forwards[m].append(forward)
         else:
             forward = Forward(self.closure, self.arguments[m], self._start(), [])
             container = self._call(forward, None)
             losses = _losses.read_losses(container)
-            last = max((i for i, loss in enumerate(losses) if loss is not None), default=-1)
             states = [
-                self._state(forward, i, task, loss, retain_graph=i < last, alone=len(losses) == 1)
+                self._state(forward, i, task, loss, alone=len(losses) == 1)
                 for i, (task, loss) in enumerate(zip(_losses.tasks_of(container), losses, strict=True))
             ]
+            self._differentiate(losses, states, total)
             self.forwards[m].append(forward)
         self._check_form(container, "another micro-batch")
         values = [s.loss for s in states]
@@ -84,9 +96,7 @@ class Passes:
         self.tasks = [s.task for s in states]
         return states
 
-    def _state(
-        self, forward: Forward, index: int, task: Task, loss: Loss | None, *, retain_graph: bool, alone: bool
-    ) -> TaskState:
+    def _state(self, forward: Forward, index: int, task: Task, loss: Loss | None, *, alone: bool) -> TaskState:
         state = TaskState(task, index)
         if loss is None:
             return state
@@ -98,8 +108,32 @@ class Passes:
             )
         forward.indices.append(index)
         state.loss = loss.value
-        state.grads = self._gradients(loss, range(len(self.point.tensors)), retain_graph)
         return state
+
+    def _differentiate(
+        self, losses: Sequence[Loss | None], states: Sequence[TaskState], total: TaskState | None
+    ) -> None:
+        """The gradients of the losses of one forward, or, if `total` is given, of their sum, added to it."""
+        pairs = [(loss, state) for loss, state in zip(losses, states, strict=True) if loss is not None]
+        everything = range(len(self.point.tensors))
+        if total is None:
+            for k, (loss, state) in enumerate(pairs):
+                state.grads = self._gradients([loss], everything, retain_graph=k + 1 < len(pairs))
+                state.reached = [i for i, g in enumerate(state.grads) if g is not None]
+            return
+        if not pairs:
+            return
+        for loss, state in pairs:
+            assert loss.edge is not None
+            found = _losses.leaves(loss.edge)
+            state.reached = [i for i, t in enumerate(self.point.tensors) if t in found]
+        grads = self._gradients([loss for loss, _ in pairs], everything, retain_graph=False)
+        total.loss = torch.stack([loss.value for loss, _ in pairs]).sum() + (0.0 if total.loss is None else total.loss)
+        total.reached = [i for i, g in enumerate(grads) if g is not None]
+        total.grads = [
+            g if old is None else old if g is None else old + g
+            for g, old in zip(grads, total.grads or [None] * len(grads), strict=True)
+        ]
 
     def losses(self) -> Any:
         """The unperturbed losses, detached, in the container that the closure returned; means over micro-batches."""
@@ -118,7 +152,7 @@ class Passes:
         check_losses([(s.task, s.loss) for part in parts for s in part if s.loss is not None], "perturbed")
         for state, mean in zip(states, TaskState.mean(parts), strict=True):
             state.perturbed_loss = mean.loss
-            state.perturbed = [None] * len(state.grads)
+            state.perturbed = [None] * len(self.point.tensors)
             for i in state.reached:
                 g = mean.grads[i]
                 state.perturbed[i] = torch.zeros_like(self.point.tensors[i]) if g is None else g
@@ -132,7 +166,7 @@ class Passes:
             losses = self._again(forward, wanted) if wanted else []
             for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
                 reached = states[i].reached
-                grads = self._gradients(loss, reached, retain_graph=k + 1 < len(wanted))
+                grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
                 found[i].loss = loss.value
                 found[i].grads = [None] * len(self.point.tensors)
                 for j, g in zip(reached, grads, strict=True):
@@ -201,14 +235,17 @@ class Passes:
                 return forward.closure(*forward.arguments, task=task)
             return forward.closure(*forward.arguments)
 
-    def _gradients(self, loss: Loss, indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
-        assert loss.edge is not None
+    def _gradients(self, losses: Sequence[Loss], indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
+        """Gradients of the sum of the losses, times the loss scale."""
         tensors = [self.point.tensors[i] for i in indices]
-        meta = loss.edge.node._input_metadata[loss.edge.output_nr]
-        seed = torch.full(tuple(meta.shape), self.loss_scale, dtype=meta.dtype, device=meta.device)
+        edges = [loss.edge for loss in losses if loss.edge is not None]
+        seeds = []
+        for edge in edges:
+            meta = edge.node._input_metadata[edge.output_nr]
+            seeds.append(torch.full(tuple(meta.shape), self.loss_scale, dtype=meta.dtype, device=meta.device))
         with self.interrupt.window():
             grads = torch.autograd.grad(
-                [loss.edge], tensors, grad_outputs=[seed], retain_graph=retain_graph, allow_unused=True
+                edges, tensors, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True
             )
         return [
             None if g is None else _fitted(g, t, self.point.params[i].name)

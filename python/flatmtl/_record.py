@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from ._step import Step
 
 
-def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, status: Tensor, flat: bool) -> Any:
+def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, status: Tensor) -> Any:
     """The record of a finished step. `pair` is the Gramian (2K x 2K) of the present tasks' (g, f)."""
+    flat = step.flat
     at = [s.index for s in step.present]
     count, total = len(at), len(step.tasks)
     record = _empty(step)
     if flat:
-        values = [float(s.perturbed_loss) for s in step.present if s.perturbed_loss is not None]
+        values = [math.nan if s.perturbed_loss is None else float(s.perturbed_loss) for s in step.present]
         record["perturbed_losses"] = _spread(values, at, total)
         record["sharpness"] = record["perturbed_losses"] - record["losses"]
     if step.shared and count:
@@ -29,7 +30,9 @@ def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, s
         if flat:
             families.append(("flat", pair[count:, count:], weights_flat))
         for k, (family, gramian, weights) in enumerate(families):
-            norms = gramian.diagonal().sqrt()
+            norms = gramian.diagonal().clamp(min=0.0).sqrt()
+            if step.summed:  # the rows of the families were never apart
+                norms = norms * math.nan
             cosine = (gramian / (norms[:, None] * norms)).clamp(-1.0, 1.0)  # NaN where a norm is 0
             record[f"norms_{family}"] = _spread(norms, at, total)
             index = torch.tensor(at)

@@ -59,7 +59,8 @@ class Step:
         self.settings, self.roles, self.draw, self.loss_scale = settings, roles, draw, loss_scale
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
         self.buffers, self.interrupt = buffers, interrupt
-        self.flat = any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
+        self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
+        self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine)
         self.point = Point(params)
         self.tensors = self.point.tensors
         self.arithmetic = self.point.arithmetic
@@ -70,6 +71,7 @@ class Step:
         self.micro: Sequence[int] = ()
         self.tasks: list[TaskState] = []  # all of them
         self.present: list[TaskState] = []  # those that take part
+        self.factors: list[float] | None = None  # of the losses of the present tasks; None: 1 each
         self.shared: list[int] = []  # indices of the shared parameters that a loss of this step reaches
         self.new_roles = dict(roles.of)
         self.losses: Any = None
@@ -97,7 +99,7 @@ class Step:
     def _gradients(self, micro: Sequence[int]) -> list[TaskState]:
         """Gradients of some micro-batches: unperturbed, and at points that are perturbed along them."""
         self.micro = micro
-        self.tasks = self.passes.unperturbed(micro)
+        self.tasks = self.passes.unperturbed(micro, self.summed)
         self.losses = self.passes.losses()
         check_losses([(s.task, s.loss) for s in self.tasks if s.loss is not None], "unperturbed")
         self._check_tasks()
@@ -132,6 +134,9 @@ class Step:
         """Norms of the unperturbed gradients; which tasks are present: those with a loss, unless loss and gradient are
         zero."""
         adaptive = self.settings.adaptive
+        if self.summed:
+            self.present = [state for state in self.tasks if state.loss is not None]
+            return
         self.present = []
         for state in self.tasks:
             if state.loss is None:
@@ -151,6 +156,29 @@ class Step:
         """Squared norm of a row, ASAM-weighted if adaptive."""
         params = [self.point.saved[i] for i in indices] if adaptive else None
         return self.arithmetic.sq_norm(row, indices, params, self.settings.eta)
+
+    def factor(self, i: int) -> float:
+        """The factor of the loss of present task i."""
+        return 1.0 if self.factors is None else self.factors[i]
+
+    def summed_gradient(self) -> tuple[list[Tensor], list[int]]:
+        """SUM_i c_i (g_i, h_i) with the losses' factors c: one tensor for every parameter of `self.shared + own`, and
+        own, the own parameters of all tasks. Not to be written to."""
+        own = sorted({i for s in self.present for i in s.own})
+        indices = [*self.shared, *own]
+        if self.passes.sum is not None:
+            row = self.point.row(self.passes.sum, indices)
+        elif len(self.present) == 1 and self.factors is None:
+            row = self.point.row(self.present[0].grads, indices)
+        else:
+            row = [torch.empty_like(self.tensors[i]) for i in indices]
+            rows = [self.point.row(s.grads, indices) for s in self.present]
+            factors = torch.tensor([self.factor(k) for k in range(len(rows))], dtype=torch.float64)
+            if rows:
+                self.arithmetic.combine_(row, rows, None, indices, factors, None)
+        square = self.arithmetic.sq_norm(row, indices)
+        check_square(square, "sum of the losses", "unperturbed")
+        return row, own
 
     def move_along(self, state: TaskState) -> None:
         """Parameters to (theta + rho g_i/||g_i||, psi_i + rho h_i/||h_i||): Algorithm 1, step 2."""
@@ -179,26 +207,35 @@ class Step:
     def _finish(self) -> None:
         """Gramians of both families, their weights, and the combined update."""
         count, flat = len(self.present), self.flat
-        loss_rows = [self.point.row(s.grads, self.shared) for s in self.present]
+        loss_rows = [] if self.summed else [self.point.row(s.grads, self.shared) for s in self.present]
         perturbed_rows = [self.point.row(s.perturbed, self.shared) for s in self.present] if flat else None
         nan = torch.full((count,), math.nan, dtype=torch.float64)
         pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
         a, b, status = nan, nan, torch.zeros(2, dtype=torch.int64)
+        c = torch.ones(count, dtype=torch.float64) if self.factors is None else torch.tensor(self.factors).double()
         p, q = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
-        if self.shared and count:
+        if count:
             pair, direct = self._gramians(loss_rows, perturbed_rows)
+            if self.factors is not None:
+                pair = pair * torch.outer(c.repeat(2), c.repeat(2))
+                direct = None if direct is None else direct * torch.outer(c, c)
             changed = self.settings.flat.transform(self, pair) if flat else None
             if changed is not None:
                 p, q = changed
                 pair = _transformed(pair, p, q)
                 direct = None if direct is None else _sum_of_families(pair)
-            a, b, status = self._weights(pair, direct)
-        if flat:  # SUM a_i g_i + b_i (p_i g_i + q_i f_i)
-            self._combine(loss_rows, perturbed_rows, a + b * p, b * q, p, q)
+            if self.shared:
+                a, b, status = self._weights(pair, direct)
+        if self.summed:  # SUM a_i s_i
+            self._combine(perturbed_rows or [], None, a * c, None, (p, q, c))
+        elif flat:  # SUM a_i g_i + b_i (p_i g_i + q_i f_i)
+            self._combine(loss_rows, perturbed_rows, (a + b * p) * c, b * q * c, (p, q, c))
         else:
             b = nan
-            self._combine(loss_rows, None, a, None, p, q)
-        self.record = _record.make(self, pair, a, b, status, flat)
+            self._combine(loss_rows, None, a * c, None, (p, q, c))
+        self.record = _record.make(self, pair, a, b, status)
+        if flat and count:
+            self.settings.flat.finish(self, pair)
 
     def _gramians(
         self, loss_rows: list[list[Tensor]], perturbed_rows: list[list[Tensor]] | None
@@ -206,9 +243,13 @@ class Step:
         """The Gramian of (g, f), (2K, 2K), and that of s for combine="direct"; without the loss scale."""
         count = len(self.present)
         direct = None
+        pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
         if perturbed_rows is None:
-            pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
             pair[:count, :count] = self.arithmetic.gramian(loss_rows, self.shared)
+        elif self.summed:
+            direct = self.arithmetic.gramian(perturbed_rows, self.shared)
+            for i, state in enumerate(self.present):
+                check_square(float(direct[i, i]), state.task, "perturbed")
         else:
             pair = self.arithmetic.gramian_pair(loss_rows, perturbed_rows, self.shared)
             if self.settings.combine == "direct":
@@ -234,10 +275,10 @@ class Step:
 
     def _combine(
         self, loss_rows: list[list[Tensor]], perturbed_rows: list[list[Tensor]] | None, loss_weights: Tensor,
-        flat_weights: Tensor | None, p: Tensor, q: Tensor,
+        flat_weights: Tensor | None, own_factors: tuple[Tensor, Tensor, Tensor],
     ) -> None:  # fmt: skip
-        """The update: the weighted rows for shared parameters, t_i for own ones, h_i if there are no perturbed ones.
-        Takes over the saved copies."""
+        """The update: the weighted rows for shared parameters; for own ones t_i, or h_i if there are no perturbed ones,
+        as (p, q, c) change it. Takes over the saved copies."""
         out = self.point.saved
         self.update = [None] * len(self.tensors)
         self.interrupt.check()
@@ -247,9 +288,12 @@ class Step:
             for i in self.shared:
                 self.update[i] = out[i]
         with torch.no_grad():
-            for state, p_i, q_i in zip(self.present, p.tolist(), q.tolist(), strict=True):
+            factors = zip(*(x.tolist() for x in own_factors), strict=True)
+            for state, (p, q, c) in zip(self.present, factors, strict=True):
                 for i in state.own:
-                    gradient = self._own_update(state, i, p_i, q_i)
+                    gradient = self._own_update(state, i, p, q)
+                    if c != 1.0:
+                        gradient = gradient * c
                     if self.update[i] is None:
                         self.update[i] = out[i].copy_(gradient)
                     else:  # only with shared=: an own parameter that several losses reach
@@ -257,14 +301,14 @@ class Step:
 
     def _own_update(self, state: TaskState, i: int, p: float, q: float) -> Tensor:
         """h_i, or h_i + p h_i + q (t_i - h_i): t_i itself where p = 0 and q = 1."""
+        t = self.point.zeros(i)  # kept where only micro-batches reach it in which the task is absent
+        if self.flat:
+            t = t if (perturbed := state.perturbed[i]) is None else perturbed
+            if (p, q) == (0.0, 1.0):
+                return t
         h = state.grads[i]
         assert h is not None
-        if not self.flat:
-            return h
-        t = state.perturbed[i]
-        if t is None:  # reached only by micro-batches in which the task is absent
-            t = self.point.zeros(i)
-        return t if (p, q) == (0.0, 1.0) else h * (1.0 + p - q) + t * q
+        return h * (1.0 + p - q) + t * q if self.flat else h
 
     # -- undoing ---------------------------------------------------------------------------------------------------
 
@@ -279,7 +323,7 @@ class Step:
     def overflow(self) -> None:
         """After `rollback`: Inf in the `.grad` of every parameter that was reached, for GradScaler to see."""
         for i, (t, out) in enumerate(zip(self.tensors, self.point.saved, strict=True)):
-            if any(s.grads and s.grads[i] is not None for s in self.tasks):
+            if any(i in s.reached for s in self.tasks):
                 t.grad = out.fill_(math.inf)
 
 

@@ -32,13 +32,18 @@ class Parameter:
     rho_task: float
     name: str
 
+    @property
+    def sign(self) -> float:
+        """-1 in groups that maximize."""
+        return math.copysign(1.0, self.rho_shared)
+
 
 @dataclass(eq=False)
 class TaskState:
     """One task in one step. Lists have one entry a parameter, None where the loss does not reach it.
 
-    `grads` are g_i and h_i; `perturbed` s_i and t_i, empty before the perturbed passes. Both are means over the
-    micro-batches, and carry the loss scale.
+    `grads` are g_i and h_i, empty in modes that need their sum alone; `perturbed` s_i and t_i, empty before the
+    perturbed passes. Both are means over the micro-batches, and carry the loss scale.
     """
 
     task: Task
@@ -47,14 +52,11 @@ class TaskState:
     grads: list[Tensor | None] = field(default_factory=list)
     perturbed: list[Tensor | None] = field(default_factory=list)
     perturbed_loss: Tensor | None = None
-    own: list[int] = field(default_factory=list)  # indices of its own parameters
+    reached: list[int] = field(default_factory=list)  # indices of the parameters that the loss reaches
+    own: list[int] = field(default_factory=list)  # those that are its own
+    reused: bool = False  # whether `perturbed` was made from an earlier step's
     sq_shared: float = 0.0  # squared norms of g_i and h_i, ASAM-weighted if adaptive
     sq_own: float = 0.0
-
-    @property
-    def reached(self) -> list[int]:
-        """Indices of the parameters that the loss reaches."""
-        return [i for i, g in enumerate(self.grads) if g is not None]
 
     @staticmethod
     def mean(parts: Sequence[Sequence[TaskState]]) -> list[TaskState]:
@@ -68,6 +70,7 @@ class TaskState:
             if present:
                 mean.loss = _mean_loss([s.loss for s in present])
                 mean.perturbed_loss = _mean_loss([s.perturbed_loss for s in present])
+                mean.reached = sorted({i for s in present for i in s.reached})
                 mean.grads = _mean_row([s.grads for s in present])
                 mean.perturbed = _mean_row([s.perturbed for s in present])
             means.append(mean)

@@ -54,16 +54,20 @@ class FlatMTL(Optimizer):
     Args:
         optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's.
         aggregator: a name (``"cagrad"``) or an object (``flatmtl.CAGrad(c=0.4)``).
-        flat: where the perturbed gradients are taken; a name (``"fmtl"``) or an object of :mod:`flatmtl.flatness`.
+        flat: where the perturbed gradients are taken: a name (``"fmtl"``, ``"sam"`` ...) or an object of
+            :mod:`flatmtl.flatness`.
+        every: makes the perturbed passes every so many steps and reuses flat gradients in between; the option of that
+            name of the modes ``"fmtl"`` and ``"looksam"``.
         rho: radius of the perturbation, >= 0, or a pair (shared, task). Also a key of the param groups. 0 is plain
             gradient aggregation, without perturbed passes.
         adaptive: ASAM (2102.11600): :math:`\epsilon = \rho\, T^2 g / \|T g\|` with :math:`T = |\theta| + \eta`, for
             every parameter, as the F-MTL authors' code does. Wants a larger rho (they use 2).
-        eta: the :math:`\eta` of ASAM, >= 0.
+        eta: the :math:`\eta` of ASAM, >= 0. None is 0, and 0.01 for ``flat="asam"``.
         norm: ``"separate"`` (the paper): shared and own parameters move rho each; ``"joint"`` (the authors'
             Multi-MNIST code): one norm a task over both.
         combine: ``"decomposed"`` (the paper) A(g) + A(f); ``"direct"`` A(s); ``"second"`` A(A(g), A(f)); ``"each"``
-            A(r_1 .. r_K) with r_i = A(g_i, f_i). Paper, section 4.3.
+            A(r_1 .. r_K) with r_i = A(g_i, f_i). Paper, section 4.3. None is the flatness mode's own: ``"direct"`` for
+            SAMO and SGSU, ``"decomposed"`` for the others.
         family_scale: ``"rms"`` divides a family of gradients by its root mean square norm before A and multiplies
             afterwards, so that every method is homogeneous of degree 1 and the much smaller flat family is treated
             like the loss family; ``None`` is the raw method.
@@ -87,11 +91,12 @@ class FlatMTL(Optimizer):
         *,
         aggregator: str | Aggregator = "cagrad",
         flat: str | Flatness = "fmtl",
+        every: int | None = None,
         rho: float | tuple[float, float] = 0.05,
         adaptive: bool = False,
-        eta: float = 0.0,
+        eta: float | None = None,
         norm: str = "separate",
-        combine: str = "decomposed",
+        combine: str | None = None,
         family_scale: str | None = "rms",
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
@@ -108,16 +113,22 @@ class FlatMTL(Optimizer):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("LBFGS cannot be wrapped: its step evaluates a closure of a single loss several times")
         _check_rho(rho, "rho")
-        if not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
+        if eta is not None and not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
             raise ValueError(f"Invalid eta: {eta} (expected a finite number >= 0)")
+        mode = get_flatness(flat, every)
+        if mode.name == "asam":
+            adaptive, eta = True, 0.01 if eta is None else eta
+        combine = mode.default_combine if combine is None else combine
         _check_choice("norm", norm, ("separate", "joint"))
         _check_choice("combine", combine, _ops.COMBINE)
         _check_choice("family_scale", family_scale, ("rms", None))
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
+        if m_sharpness and mode.has_state:
+            raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
-            get_aggregator(aggregator), get_flatness(flat), bool(adaptive), float(eta), norm, combine, family_scale,
+            get_aggregator(aggregator), mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
             bool(m_sharpness), bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
@@ -384,7 +395,7 @@ class FlatMTL(Optimizer):
     def __repr__(self) -> str:
         s = self.settings
         return (
-            f"FlatMTL(aggregator={s.aggregator!r}, adaptive={s.adaptive}, eta={s.eta}, norm={s.norm!r}, "
+            f"FlatMTL(aggregator={s.aggregator!r}, flat={s.flat!r}, adaptive={s.adaptive}, eta={s.eta}, norm={s.norm!r}, "
             f"combine={s.combine!r}, family_scale={s.family_scale!r}, seed={s.seed},\n{self.optimizer!r})"
         )
 

@@ -1,0 +1,102 @@
+"""The base class of flatness modes, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .._step import Step
+    from .._task import TaskState
+
+
+class Flatness:
+    """Base class. A mode is one frozen dataclass; its fields are its options."""
+
+    name: ClassVar[str]
+    #: Whether the perturbed points depend on rho, so that rho = 0 means no perturbed passes.
+    uses_rho: ClassVar[bool] = True
+    #: Whether a step leaves something for the next, so that it cannot be made once a micro-batch.
+    has_state: ClassVar[bool] = False
+    #: What `combine=None` means.
+    default_combine: ClassVar[str] = "decomposed"
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
+
+    def needs_task_gradients(self, combine: str) -> bool:
+        """Whether the g_i are needed one by one. If not, the unperturbed pass makes one backward, of their sum."""
+        return True
+
+    def perturb(self, step: Step) -> None:
+        """The perturbed passes over the micro-batches `step.micro`: fills `perturbed` of every task in `step.present`.
+
+        May leave the parameters moved; the step puts them back.
+        """
+        raise NotImplementedError
+
+    def transform(self, step: Step, pair: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Coefficients (p, q), (K,) float64 each, of the flat gradients p_i g_i + q_i f_i that take the place of f_i.
+
+        `pair` is the (2K, 2K) Gramian of (g, f), f = s - g, of the tasks in `step.present`. None leaves f_i as it is.
+        """
+        return None
+
+    def finish(self, step: Step, pair: Tensor) -> None:
+        """Called last: writes what the mode's state becomes to `step.new_states["flat"]`. May use up the gradients."""
+
+    def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
+        """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""
+
+
+def sums(step: Step, pair: Tensor) -> tuple[float, float, float]:
+    """<g, g>, <g, f>, <f, f> of the sums g and f over the present tasks, shared and own parameters together."""
+    count = len(step.present)
+    gg = float(pair[:count, :count].sum())
+    gf = float(pair[:count, count:].sum())
+    ff = float(pair[count:, count:].sum())
+    for i in range(count):
+        own = own_products(step, i)
+        gg, gf, ff = gg + own[0], gf + own[1], ff + own[2]
+    return gg, gf, ff
+
+
+def own_products(step: Step, i: int) -> tuple[float, float, float]:
+    """<h, h>, <h, t - h>, ||t - h||^2 of present task i's own parameters."""
+    state = step.present[i]
+    if not state.own:
+        return 0.0, 0.0, 0.0
+    h, t = step.point.row(state.grads, state.own), step.point.row(state.perturbed, state.own)
+    pair = step.arithmetic.gramian_pair([h], [t], state.own) * (step.factor(i) / step.loss_scale) ** 2
+    return float(pair[0, 0]), float(pair[0, 1]), float(pair[1, 1])
+
+
+def minus(state: TaskState, c: float, params: int) -> list[Tensor | None]:
+    """s_i - c g_i, parameter by parameter."""
+    out: list[Tensor | None] = [None] * params
+    with torch.no_grad():
+        for i in state.reached:
+            g, s = state.grads[i], state.perturbed[i]
+            assert g is not None
+            out[i] = g * -c if s is None else torch.sub(s, g, alpha=c)
+    return out
+
+
+def check_rows(mode: str, rows: Sequence[Sequence[Tensor | None]], num_tasks: int, params: Sequence[Tensor]) -> None:
+    """Whether the rows of a loaded state are one a task, each with one tensor (or None) a parameter."""
+    if len(rows) != num_tasks:
+        raise ValueError(f"state_dict holds {mode}'s gradients of {len(rows)} tasks, but there are {num_tasks}")
+    for k, row in enumerate(rows):
+        if row and len(row) != len(params):
+            raise ValueError(f"state_dict holds {mode}'s gradients of {len(row)} parameters, not {len(params)}")
+        for i, (value, p) in enumerate(zip(row, params, strict=False)):
+            if value is not None and value.shape != p.shape:
+                raise ValueError(
+                    f"state_dict holds {mode}'s gradient of task {k} and parameter {i} with shape "
+                    f"{tuple(value.shape)}, but the parameter has {tuple(p.shape)}"
+                )

@@ -1,0 +1,122 @@
+"""F-MTL, and its reuse of flat gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._base import Flatness, check_rows, minus, own_products
+
+if TYPE_CHECKING:
+    from .._step import Step
+    from .._task import TaskState
+
+
+@dataclass(frozen=True)
+class FMTL(Flatness):
+    """F-MTL (arXiv 2211.13723, Algorithm 1): every task has its own perturbed point.
+
+    s_i, t_i are the gradients of l_i at (theta + rho g_i/||g_i||, psi_i + rho h_i/||h_i||). Cost of K tasks: K + 1
+    forwards, 2K backwards.
+
+    With `every` = k > 1 a task's perturbed pass is made every k-th step alone; in between, its flat gradient is the
+    last one's component orthogonal to the gradient, rescaled, after LookSAM (2203.02714), task by task:
+
+        v_i = s_i - (<s_i, g_i>/||g_i||^2) g_i at the last perturbed pass;  f_i = (||g_i||/||g_i at that pass||) v_i
+
+    or, if `alpha` is given, LookSAM's f_i = alpha (||g_i||/||v_i||) v_i. Cost then: (K + k)/k forwards, K + K/k
+    backwards a step on average, and one row of P numbers a task between the steps.
+    """
+
+    every: int = 1
+    alpha: float | None = None
+
+    name = "fmtl"
+
+    @property
+    def has_state(self) -> bool:  # type: ignore[override]
+        return self.every > 1
+
+    def __post_init__(self) -> None:
+        check_every(self.name, self.every)
+        if self.alpha is not None and not 0.0 <= self.alpha < math.inf:
+            raise ValueError(f"FMTL: alpha is {self.alpha}; it must be None or a finite number >= 0")
+
+    def perturb(self, step: Step) -> None:
+        old = step.states.get("flat") if self.every > 1 else None
+        for state in step.present:
+            if old is not None and old["orthogonal"][state.index] and old["age"][state.index] < self.every:
+                state.reused = True
+                self._reuse(step, state, old)
+                continue
+            step.move_along(state)
+            step.passes.perturbed(step.micro, [state])
+            step.point.restore(state.own)  # the shared ones are overwritten by the next task's move
+
+    def _reuse(self, step: Step, state: TaskState, old: dict[str, Any]) -> None:
+        norm = _norm(step, state)
+        k = state.index
+        last, factor = (old["norm"][k], 1.0) if self.alpha is None else (old["orthogonal_norm"][k], self.alpha)
+        factor *= norm / last if last > 0.0 else 0.0
+        reuse(step, state, old["orthogonal"][k], factor)
+
+    def finish(self, step: Step, pair: Tensor) -> None:
+        if self.every == 1:
+            return
+        total = len(step.tasks)
+        old = step.states.get("flat") or {
+            "age": [0] * total, "orthogonal": [[] for _ in range(total)], "norm": [0.0] * total,
+            "orthogonal_norm": [0.0] * total,
+        }  # fmt: skip
+        new: dict[str, Any] = {"name": self.name, **{key: list(old[key]) for key in old if key != "name"}}
+        count = len(step.present)
+        for i, state in enumerate(step.present):
+            k = state.index
+            if state.reused:
+                new["age"][k] += 1
+                continue
+            hh, ht, tt = own_products(step, i)
+            gg, gf, ff = hh + float(pair[i, i]), ht + float(pair[i, count + i]), tt + float(pair[count + i, count + i])
+            c = 1.0 + gf / gg if gg > 0.0 else 0.0
+            new["age"][k] = 1
+            new["orthogonal"][k] = unscaled(step, minus(state, c, len(step.tensors)))
+            new["norm"][k] = math.sqrt(gg) / step.factor(i)
+            new["orthogonal_norm"][k] = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff) / step.factor(i)
+        step.new_states["flat"] = new
+
+    def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
+        check_rows(self.name, state["orthogonal"], num_tasks, params)
+
+
+def check_every(name: str, every: Any) -> None:
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"{name}: every is {every!r}; it must be an integer >= 1")
+
+
+def reuse(step: Step, state: TaskState, orthogonal: Sequence[Tensor | None], factor: float) -> None:
+    """s_i = g_i + factor v_i, in place of a perturbed pass."""
+    state.perturbed = [None] * len(step.tensors)
+    with torch.no_grad():
+        for i in state.reached:
+            g, v = state.grads[i], orthogonal[i]
+            assert g is not None
+            state.perturbed[i] = g if v is None else torch.add(g, v, alpha=factor * step.loss_scale)
+
+
+def unscaled(step: Step, row: list[Tensor | None]) -> list[Tensor | None]:
+    """A row without the loss scale."""
+    if step.loss_scale == 1.0:
+        return row
+    return [None if x is None else x / step.loss_scale for x in row]
+
+
+def _norm(step: Step, state: TaskState) -> float:
+    """||(g_i, h_i)||, without the loss scale."""
+    shared = step.sq_norm(step.point.row(state.grads, step.shared), step.shared, False)
+    own = step.sq_norm(step.point.row(state.grads, state.own), state.own, False)
+    return math.sqrt(shared + own) / step.loss_scale
