@@ -75,3 +75,6 @@ if(_targets)
 endif()
 
 install(FILES csrc/include/flatmtl.h DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")
+
+# The C++ optimizer: headers alone, compiled against the user's LibTorch (target flatmtl::torch of the CMake package).
+install(DIRECTORY shim/include/flatmtl DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}")

@@ -18,7 +18,14 @@ from pathlib import Path
 TORCH = {"libtorch_cpu.so", "libtorch.so", "libc10.so"}
 MANYLINUX = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0", "libdl.so.2", "librt.so.1"}
 LOADER = re.compile(r"ld-linux.*\.so\.\d+")
-EXPECTED = ("_C.so", "py.typed", "include/flatmtl.h", "lib/libflatmtl.a", "lib/cmake/flatmtl/flatmtlConfig.cmake")
+EXPECTED = (
+    "_C.so",
+    "py.typed",
+    "include/flatmtl.h",
+    "include/flatmtl/torch.h",
+    "lib/libflatmtl.a",
+    "lib/cmake/flatmtl/flatmtlConfig.cmake",
+)
 
 
 def readelf(*arguments: str | Path) -> str:

@@ -1,0 +1,106 @@
+// aggregator.h - which aggregator, and its options.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "errors.h"
+
+namespace flatmtl {
+
+// An aggregator: a method of flatmtl.h (flatmtl_method, where the equations and papers stand) and its options. An
+// immutable value; a string converts to one.
+//
+//   flatmtl::FlatMTLOptions().aggregator("cagrad")
+//   flatmtl::FlatMTLOptions().aggregator(flatmtl::Aggregator::cagrad(0.2))
+class Aggregator {
+ public:
+  // A method by name with its default options ("fixed" has none: use fixed()).
+  Aggregator(const char *name) : Aggregator(std::string(name)) {}  // NOLINT(google-explicit-constructor)
+  Aggregator(const std::string &name) : Aggregator(name, {}) {     // NOLINT(google-explicit-constructor)
+    if (method_ == FLATMTL_FIXED)
+      throw std::invalid_argument("aggregator 'fixed' needs its option 'values', one number a task: Fixed([0.5, 2.0])");
+  }
+  // A method by name with options as flatmtl.h lists them; none: the defaults.
+  Aggregator(const std::string &name, std::vector<double> options) : options_(std::move(options)) {
+    if (flatmtl_method_by_name(name.c_str(), &method_, nullptr) != FLATMTL_OK)
+      throw std::invalid_argument("there is no aggregator " + detail::quoted(name) + ". Known: " + known());
+  }
+
+  static Aggregator sum() { return {"sum", {}}; }
+  static Aggregator mean() { return {"mean", {}}; }
+  // One finite weight a task.
+  static Aggregator fixed(std::vector<double> values) {
+    if (values.empty()) throw std::invalid_argument("Fixed needs at least one weight");
+    for (size_t i = 0; i < values.size(); ++i)
+      if (!std::isfinite(values[i]))
+        throw std::invalid_argument("Fixed: values[" + std::to_string(i) + "] is " + detail::text(values[i]) +
+                                    "; it must be finite");
+    return {"fixed", std::move(values)};
+  }
+  static Aggregator mgda() { return {"mgda", {}}; }
+  // seed of the order of projections, >= 0 and below 2^53; none: the optimizer's.
+  static Aggregator pcgrad(std::optional<int64_t> seed = std::nullopt) {
+    Aggregator result("pcgrad", {});
+    if (seed) result.seed_ = checked_seed(*seed);
+    return result;
+  }
+  static Aggregator cagrad(double c = 0.4) {
+    if (!(c >= 0.0 && c < 1.0))
+      throw std::invalid_argument("CAGrad: c is " + detail::text(c) + "; it must be in [0, 1)");
+    return {"cagrad", {c}};
+  }
+  static Aggregator imtl_g() { return {"imtl_g", {}}; }
+  static Aggregator nash_mtl() { return {"nash_mtl", {}}; }
+  static Aggregator fairgrad(double alpha = 2.0) {
+    if (!(alpha > 0.0 && std::isfinite(alpha)))
+      throw std::invalid_argument("FairGrad: alpha is " + detail::text(alpha) + "; it must be positive and finite");
+    return {"fairgrad", {alpha}};
+  }
+
+  flatmtl_method method() const { return method_; }
+  std::string name() const { return flatmtl_method_name(method_); }
+  const std::vector<double> &options() const { return options_; }
+
+  // The options as the C core takes them in one step.
+  //  num_tasks  all tasks; present: those that take part
+  //  seed, draw  of the optimizer, for methods that draw
+  std::vector<double> option_values(int64_t num_tasks, int64_t seed, int64_t draw,
+                                    const std::vector<int64_t> &present) const {
+    if (method_ == FLATMTL_PCGRAD && options_.empty())
+      return {static_cast<double>(seed_.value_or(seed)), static_cast<double>(draw)};
+    if (method_ != FLATMTL_FIXED) return options_;
+    if (static_cast<int64_t>(options_.size()) != num_tasks)
+      throw std::invalid_argument("Fixed has " + std::to_string(options_.size()) + " values for " +
+                                  std::to_string(num_tasks) + " tasks");
+    std::vector<double> values;
+    for (const int64_t i : present) values.push_back(options_[static_cast<size_t>(i)]);
+    return values;
+  }
+
+  static int64_t checked_seed(int64_t seed) {
+    if (seed < 0 || seed >= int64_t{1} << 53)
+      throw std::invalid_argument("seed is " + std::to_string(seed) +
+                                  "; it must be an integer, at least 0 and below 2^53");
+    return seed;
+  }
+
+ private:
+  static std::string known() {
+    std::string names;
+    for (int i = 0; const char *name = flatmtl_method_name(static_cast<flatmtl_method>(i)); ++i)
+      names += (i ? ", " : "") + detail::quoted(name);
+    return names;
+  }
+
+  flatmtl_method method_ = FLATMTL_SUM;
+  std::vector<double> options_;
+  std::optional<int64_t> seed_;
+};
+
+}  // namespace flatmtl

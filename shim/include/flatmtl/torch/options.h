@@ -1,0 +1,108 @@
+// options.h - FlatMTLOptions.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/arg.h>
+#include <torch/types.h>
+
+#include "aggregator.h"
+#include "protect.h"
+
+namespace flatmtl {
+
+// Radii of the perturbation, of shared and of own parameters; one number is both.
+struct Rho {
+  Rho(double both) : shared(both), task(both) {}  // NOLINT(google-explicit-constructor)
+  Rho(double shared_rho, double task_rho) : shared(shared_rho), task(task_rho) {}
+  double shared, task;
+};
+
+// Options of FlatMTL; names, meanings and defaults are those of the Python class.
+struct FlatMTLOptions {
+  // A name ("cagrad") or an Aggregator.
+  TORCH_ARG(Aggregator, aggregator) = "cagrad";
+  // Radius >= 0 of the perturbation, or a pair {shared, task}. 0 is plain gradient aggregation. FlatMTL::set_rho sets
+  // it for one parameter group.
+  TORCH_ARG(Rho, rho) = 0.05;
+  // ASAM (2102.11600): T^2 g / ||T g|| in place of g / ||g||, with T = |theta| + eta. Wants a larger rho.
+  TORCH_ARG(bool, adaptive) = false;
+  // >= 0.
+  TORCH_ARG(double, eta) = 0.0;
+  // "separate" (the paper): shared and own parameters move rho each. "joint": one norm a task over both.
+  TORCH_ARG(std::string, norm) = "separate";
+  // "decomposed" (the paper) A(g) + A(f); "direct" A(s); "second" A(A(g), A(f)); "each" A(r_1 .. r_K).
+  TORCH_ARG(std::string, combine) = "decomposed";
+  // "rms": a family of gradients is divided by its root mean square norm before A and multiplied afterwards; "none":
+  // the raw method (None in Python).
+  TORCH_ARG(std::string, family_scale) = "rms";
+  // Parameters that are shared, instead of finding them. Every other parameter is own.
+  TORCH_ARG(std::optional<std::vector<torch::Tensor>>, shared);
+  // Modules (torch::nn or torch::jit) whose buffers are to be protected. C++ has no hook that would find them: name
+  // every module with BatchNorm or other buffers that the closure changes, the whole model usually.
+  TORCH_ARG(std::vector<ProtectedModule>, modules);
+  // Draw the same random numbers (dropout) in every pass of a step.
+  TORCH_ARG(bool, replay_rng) = true;
+  // "raise" a NonFiniteError, or "skip" the step: everything is put back, .grad is undefined, last().skipped is true.
+  TORCH_ARG(std::string, nonfinite) = "raise";
+  // Of the methods that draw; >= 0 and below 2^53.
+  TORCH_ARG(int64_t, seed) = 0;
+
+ public:
+  // std::invalid_argument, naming the option.
+  void check() const;
+};
+
+namespace detail {
+
+inline void check_rho(const Rho &rho, const std::string &what) {
+  const auto valid = [](double r) { return r >= 0.0 && std::isfinite(r); };
+  if (valid(rho.shared) && valid(rho.task)) return;
+  const std::string shared = text(rho.shared), task = text(rho.task);
+  throw std::invalid_argument("Invalid " + what + ": " + (shared == task ? shared : "(" + shared + ", " + task + ")") +
+                              " (expected a finite number >= 0, or a pair (shared, task) of them)");
+}
+
+// The place of value in choices: the number of the C core's enum.
+inline int choice(const char *name, const std::string &value, const std::vector<std::string> &choices) {
+  std::string expected;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (choices[i] == value) return static_cast<int>(i);
+    expected += (i ? ", " : "") + quoted(choices[i]);
+  }
+  throw std::invalid_argument(std::string("Invalid ") + name + ": " + quoted(value) + " (expected one of " + expected +
+                              ")");
+}
+
+inline flatmtl_norm norm_number(const std::string &name) {
+  return static_cast<flatmtl_norm>(choice("norm", name, {"separate", "joint"}));
+}
+
+inline flatmtl_combination combine_number(const std::string &name) {
+  return static_cast<flatmtl_combination>(choice("combine", name, {"decomposed", "direct", "second", "each"}));
+}
+
+inline flatmtl_family_scale family_scale_number(const std::string &name) {
+  return static_cast<flatmtl_family_scale>(choice("family_scale", name, {"none", "rms"}));
+}
+
+}  // namespace detail
+
+inline void FlatMTLOptions::check() const {
+  detail::check_rho(rho_, "rho");
+  if (!(eta_ >= 0.0 && std::isfinite(eta_)))
+    throw std::invalid_argument("Invalid eta: " + detail::text(eta_) + " (expected a finite number >= 0)");
+  detail::norm_number(norm_);
+  detail::combine_number(combine_);
+  detail::family_scale_number(family_scale_);
+  detail::choice("nonfinite", nonfinite_, {"raise", "skip"});
+  if (seed_ < 0 || seed_ >= int64_t{1} << 53)
+    throw std::invalid_argument("Invalid seed: " + std::to_string(seed_) + " (expected an integer in [0, 2^53))");
+}
+
+}  // namespace flatmtl

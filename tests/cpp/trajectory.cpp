@@ -1,0 +1,165 @@
+// Trains the network of tests/python/test_cpp.py for some steps, as that test does in Python: trajectory IN OUT
+//   IN   torch.save of a dict: options, parameters, batches
+//   OUT  torch::pickle_save of a dict: losses, records, parameters, gradients and buffers after the last step
+#include <torch/torch.h>
+
+#include <flatmtl/torch.h>
+
+#include <fstream>
+#include <iostream>
+#include <iterator>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace {
+
+using Dict = c10::impl::GenericDict;
+using torch::Tensor;
+
+// A Python list of tensors, or of numbers.
+std::vector<Tensor> tensors(const c10::IValue &list) {
+  std::vector<Tensor> result;
+  for (const c10::IValue &item : list.toListRef()) result.push_back(item.toTensor());
+  return result;
+}
+std::vector<double> doubles(const c10::IValue &list) {
+  std::vector<double> result;
+  for (const c10::IValue &item : list.toList()) result.push_back(item.toDouble());
+  return result;
+}
+
+struct Trajectory {
+  Dict in;
+  std::vector<Tensor> params;
+  torch::nn::BatchNorm1d norm{nullptr};
+  Tensor x;
+  std::vector<Tensor> targets;  // of one batch; undefined where the task is absent
+
+  template <typename T>
+  T get(const std::string &key) const {
+    return in.at(key).to<T>();
+  }
+
+  // tanh(BatchNorm(x W + b)), dropout, and one linear head a task: cross entropy, squared error, and a head in float64.
+  Tensor trunk() {
+    Tensor h = torch::linear(x, params[0], params[1]);
+    if (norm) h = norm(h);
+    return torch::dropout(torch::tanh(h), get<double>("dropout"), true);
+  }
+  Tensor loss(int64_t task, const Tensor &h) {
+    const Tensor &w = params[2 + 2 * task], &b = params[3 + 2 * task];
+    if (!targets[task].defined()) return {};
+    const Tensor out = torch::linear(h.to(w.scalar_type()), w, b);
+    if (task == 0) return torch::nll_loss(torch::log_softmax(out, 1), targets[0]);
+    return torch::mse_loss(out, targets[task].to(out.scalar_type()));
+  }
+
+  flatmtl::FlatMTLOptions options() const {
+    flatmtl::FlatMTLOptions result;
+    result.aggregator(flatmtl::Aggregator(get<std::string>("aggregator"), doubles(in.at("values"))))
+        .rho({get<double>("rho_shared"), get<double>("rho_task")})
+        .adaptive(get<bool>("adaptive"))
+        .eta(get<double>("eta"))
+        .norm(get<std::string>("norm"))
+        .combine(get<std::string>("combine"))
+        .family_scale(get<std::string>("family_scale"))
+        .replay_rng(get<bool>("replay_rng"))
+        .seed(get<int64_t>("seed"));
+    if (norm) result.modules({norm});
+    if (get<bool>("give_shared")) result.shared(std::vector<Tensor>{params[0], params[1]});
+    return result;
+  }
+
+  Dict run() {
+    for (const Tensor &p : tensors(in.at("params"))) params.push_back(p.clone().requires_grad_());
+    if (get<bool>("batch_norm")) {
+      norm = torch::nn::BatchNorm1d(params[1].size(0));
+      for (std::vector<Tensor> list : {norm->parameters(), norm->buffers()})
+        for (Tensor &tensor : list)
+          if (tensor.is_floating_point()) tensor.set_data(tensor.detach().to(params[1].scalar_type()));
+      for (const Tensor &p : norm->parameters()) params.push_back(p);
+    }
+    torch::optim::SGD sgd(
+        params, torch::optim::SGDOptions(get<double>("lr")).momentum(get<double>("momentum")).weight_decay(1e-3));
+    flatmtl::FlatMTL optimizer(sgd, options());
+    torch::manual_seed(11);
+
+    Dict out(c10::StringType::get(), c10::AnyType::get());
+    std::vector<Tensor> losses, weights_loss, weights_flat, sharpness, cosine;
+    const std::string form = get<std::string>("form");
+    const c10::IValue batches = in.at("batches");
+    for (const c10::IValue &item : batches.toListRef()) {
+      const auto batch = tensors(item);
+      x = batch[0];
+      targets.clear();
+      for (size_t i = 1; i < batch.size(); ++i) targets.push_back(batch[i].numel() > 0 ? batch[i] : Tensor());
+      if (form == "closures") {
+        flatmtl::TaskClosures closures;
+        for (int64_t i = 0; i < 3; ++i) closures.push_back([this, i] { return loss(i, trunk()); });
+        optimizer.step(closures);
+      } else if (form == "task") {
+        optimizer.step([&](std::optional<flatmtl::Task> task) {
+          const Tensor h = trunk();
+          std::vector<Tensor> all(3);
+          for (int64_t i = 0; i < 3; ++i)
+            if (!task || std::get<int64_t>(*task) == i) all[i] = loss(i, h);
+          return all;
+        });
+      } else if (form == "stack") {
+        optimizer.step([&] {
+          const Tensor h = trunk();
+          return torch::stack({loss(0, h).to(torch::kDouble), loss(1, h).to(torch::kDouble), loss(2, h)});
+        });
+      } else {
+        optimizer.step([&] {
+          const Tensor h = trunk();
+          return std::vector<Tensor>{loss(0, h), loss(1, h), loss(2, h)};
+        });
+      }
+      losses.push_back(optimizer.last().losses);
+      weights_loss.push_back(optimizer.last().weights_loss);
+      weights_flat.push_back(optimizer.last().weights_flat);
+      sharpness.push_back(optimizer.last().sharpness);
+      cosine.push_back(optimizer.last().cosine_flat);
+    }
+    std::vector<Tensor> grads, values, buffers;
+    for (const Tensor &p : params) {
+      values.push_back(p.detach());
+      grads.push_back(p.grad().defined() ? p.grad() : torch::empty({0}));
+    }
+    if (norm) buffers = norm->buffers();
+    buffers.push_back(torch::rand({3}));  // where the random numbers stand
+    const auto put = [&](const char *key, const std::vector<Tensor> &list) { out.insert(key, list); };
+    put("params", values);
+    put("grads", grads);
+    put("buffers", buffers);
+    put("losses", losses);
+    put("weights_loss", weights_loss);
+    put("weights_flat", weights_flat);
+    put("sharpness", sharpness);
+    put("cosine_flat", cosine);
+    return out;
+  }
+};
+
+}  // namespace
+
+int main(int argc, char **argv) {
+  if (argc != 3) {
+    std::cerr << "usage: trajectory IN OUT\n";
+    return 2;
+  }
+  std::ifstream file(argv[1], std::ios::binary);
+  const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+  // Several runs in one file.
+  c10::impl::GenericList results(c10::AnyType::get());
+  const c10::IValue runs = torch::pickle_load(bytes);
+  for (const c10::IValue &run : runs.toListRef()) {
+    Trajectory trajectory{run.toGenericDict(), {}, nullptr, {}, {}};
+    results.push_back(trajectory.run());
+  }
+  const std::vector<char> written = torch::pickle_save(results);
+  std::ofstream(argv[2], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
+  return 0;
+}

@@ -1,0 +1,189 @@
+"""The C++ optimizer gives the bits of the Python one: the same trajectories, trained by both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import flatmtl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cmake") is None or shutil.which("c++") is None, reason="no cmake or compiler"),
+    pytest.mark.timeout(1200),  # the first time it compiles
+]
+
+DEFAULTS: dict[str, Any] = {
+    "aggregator": "cagrad", "values": [], "rho_shared": 0.05, "rho_task": 0.05, "adaptive": False, "eta": 0.0,
+    "norm": "separate", "combine": "decomposed", "family_scale": "rms", "replay_rng": True, "seed": 0,
+    "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
+    "dtype": torch.float32, "absent": False,
+}  # fmt: skip
+
+RUNS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "plain sum": {"aggregator": "sum", "rho_shared": 0.0, "rho_task": 0.0},
+    "batch norm and dropout": {"batch_norm": True, "dropout": 0.3},
+    "dropout drawn afresh": {"dropout": 0.3, "replay_rng": False},
+    "adaptive": {"adaptive": True, "eta": 0.01, "rho_shared": 1.0, "rho_task": 0.5, "norm": "joint"},
+    "direct": {"combine": "direct", "aggregator": "mgda", "family_scale": "none"},
+    "second": {"combine": "second", "aggregator": "nash_mtl"},
+    "each": {"combine": "each", "aggregator": "fairgrad", "values": [1.5]},
+    "pcgrad": {"aggregator": "pcgrad", "seed": 7, "absent": True},
+    "fixed": {"aggregator": "fixed", "values": [0.5, 2.0, 1.0], "absent": True},
+    "imtl_g, one closure a task": {"aggregator": "imtl_g", "form": "closures", "batch_norm": True, "dropout": 0.2},
+    "closure with a task": {"form": "task", "batch_norm": True, "absent": True},
+    "stacked losses": {"form": "stack", "momentum": 0.5},
+    "shared given": {"give_shared": True, "batch_norm": True},
+    "float64": {"dtype": torch.float64, "batch_norm": True},
+    # torch's C++ SGD with momentum rounds differently from the Python one in bfloat16
+    "bfloat16": {"dtype": torch.bfloat16, "lr": 0.02, "momentum": 0.0},
+}
+
+
+@pytest.fixture(scope="session")
+def trajectory() -> Path:
+    """The program of tests/cpp, built against the installed package."""
+    build = ROOT / "build" / "cpp"
+    prefixes = f"{flatmtl.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
+    for command in (
+        ["cmake", "-S", ROOT / "tests" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={prefixes}"],
+        ["cmake", "--build", build, "--target", "flatmtl_trajectory"],
+    ):
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return build / "flatmtl_trajectory"
+
+
+def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
+    """One run: options, initial parameters and batches."""
+    s = {**DEFAULTS, **changes}
+    g = torch.Generator().manual_seed(5)
+
+    def normal(*size: int, dtype: torch.dtype = s["dtype"]) -> Tensor:
+        return (torch.randn(*size, generator=g, dtype=torch.float64) * 0.4).to(dtype)
+
+    s["params"] = [normal(6, 5), normal(6)]
+    for out, dtype in ((3, s["dtype"]), (1, s["dtype"]), (2, torch.float64)):
+        s["params"] += [normal(out, 6, dtype=dtype), normal(out, dtype=dtype)]
+    s["batches"] = [
+        [normal(16, 5) * 3, torch.randint(0, 3, (16,), generator=g), normal(16, 1), normal(16, 2)] for _ in range(5)
+    ]
+    if s["absent"]:
+        s["batches"][1][2] = torch.empty(0)
+        s["batches"][3][1] = torch.empty(0)
+    return s
+
+
+class Python:
+    """What tests/cpp/trajectory.cpp does."""
+
+    def __init__(self, s: dict[str, Any]) -> None:
+        self.s = s
+        self.params = [nn.Parameter(p.clone()) for p in s["params"]]
+        self.norm = nn.BatchNorm1d(6, dtype=s["dtype"]) if s["batch_norm"] else None
+        if self.norm is not None:
+            self.params += list(self.norm.parameters())
+        self.batch: list[Tensor] = []
+
+    def trunk(self) -> Tensor:
+        h = F.linear(self.batch[0], self.params[0], self.params[1])
+        if self.norm is not None:
+            h = self.norm(h)
+        return torch.dropout(torch.tanh(h), self.s["dropout"], True)
+
+    def loss(self, task: int, h: Tensor) -> Tensor | None:
+        w, b = self.params[2 + 2 * task], self.params[3 + 2 * task]
+        target = self.batch[1 + task]
+        if target.numel() == 0:
+            return None
+        out = F.linear(h.to(w.dtype), w, b)
+        return F.cross_entropy(out, target) if task == 0 else F.mse_loss(out, target.to(out.dtype))
+
+    def all(self, task: int | None = None) -> list[Tensor | None]:
+        h = self.trunk()
+        return [self.loss(i, h) if task in (None, i) else None for i in range(3)]
+
+    def closure(self) -> Any:
+        if self.s["form"] == "closures":
+            return [lambda i=i: self.loss(i, self.trunk()) for i in range(3)]
+        if self.s["form"] == "task":
+            return lambda task: self.all(task)
+        if self.s["form"] == "stack":
+            return lambda: torch.stack([loss.double() for loss in self.all()])
+        return lambda: self.all()
+
+    def aggregator(self) -> flatmtl.Aggregator:
+        name, values = self.s["aggregator"], self.s["values"]
+        options = {"values": values} if name == "fixed" else {"alpha": values[0]} if name == "fairgrad" else {}
+        return flatmtl.aggregators.get_aggregator(name, **options)
+
+    def run(self) -> dict[str, list[Tensor]]:
+        s = self.s
+        sgd = torch.optim.SGD(self.params, lr=s["lr"], momentum=s["momentum"], weight_decay=1e-3)
+        optimizer = flatmtl.FlatMTL(
+            sgd, aggregator=self.aggregator(), rho=(s["rho_shared"], s["rho_task"]), adaptive=s["adaptive"],
+            eta=s["eta"], norm=s["norm"], combine=s["combine"], replay_rng=s["replay_rng"], seed=s["seed"],
+            family_scale=None if s["family_scale"] == "none" else s["family_scale"],
+            shared=self.params[:2] if s["give_shared"] else None,
+        )  # fmt: skip
+        torch.manual_seed(11)
+        kept: dict[str, list[Tensor]] = {
+            k: [] for k in ("losses", "weights_loss", "weights_flat", "sharpness", "cosine_flat")
+        }
+        for self.batch in s["batches"]:
+            optimizer.step(self.closure())
+            for key, values in kept.items():
+                values.append(optimizer.last[key])
+        buffers = [] if self.norm is None else list(self.norm.buffers())
+        return {
+            "params": [p.detach() for p in self.params],
+            "grads": [torch.empty(0) if p.grad is None else p.grad for p in self.params],
+            "buffers": [*buffers, torch.rand(3)],
+            **kept,
+        }
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    nan = a.isnan() & b.isnan() if a.is_floating_point() else torch.zeros_like(a, dtype=torch.bool)
+    return bool(((a.contiguous().view(bits) == b.contiguous().view(bits)) | nan).all())
+
+
+@pytest.fixture(scope="session")
+def results(trajectory, tmp_path_factory) -> dict[str, dict[str, list[Tensor]]]:
+    directory = tmp_path_factory.mktemp("trajectories")
+    runs = [{k: v for k, v in settings_of(changes).items() if k != "dtype"} for changes in RUNS.values()]
+    torch.save(runs, directory / "in.pt")
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [str(trajectory), str(directory / "in.pt"), str(directory / "out.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+    assert done.returncode == 0, done.stderr
+    return dict(zip(RUNS, torch.load(directory / "out.pt", weights_only=False), strict=True))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_trajectories_are_equal_bit_for_bit(name, results):
+    expected, found = Python(settings_of(RUNS[name])).run(), results[name]
+    assert found.keys() == expected.keys()
+    for key, tensors in expected.items():
+        assert len(found[key]) == len(tensors)
+        for i, (a, b) in enumerate(zip(tensors, found[key], strict=True)):
+            assert same_bits(a, b), (key, i, a, b)
+
+
+def test_the_runs_differ(results):
+    """The options do something: no two runs end at the same parameters."""
+    ends = [torch.cat([p.double().flatten() for p in result["params"][:2]]) for result in results.values()]
+    for i, a in enumerate(ends):
+        assert not any(torch.equal(a, b) for b in ends[:i]), list(RUNS)[i]
