@@ -130,6 +130,13 @@ std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
   return {loss_weights, flat_weights, status};
 }
 
+// One new tensor for each of the first count.
+Tensors new_row(const Tensors &like, int64_t count) {
+  Tensors row;
+  for (int64_t t = 0; t < count; ++t) row.push_back(new_like(like[static_cast<size_t>(t)]));
+  return row;
+}
+
 Tensors aggregate(const Tensors &rows, int64_t num_tasks, int64_t method, const std::vector<double> &options) {
   const char *op = "aggregate";
   Context context(op, num_tasks);
@@ -142,8 +149,7 @@ Tensors aggregate(const Tensors &rows, int64_t num_tasks, int64_t method, const 
   context.check(flatmtl_weights(context.get(), method_number(op, method), options.data(), option_count(op, options),
                                 task_count(op, num_tasks), gramian.data(), weights.data(), &error),
                 error);
-  Tensors result;
-  for (int64_t t = 0; t < segments.count(); ++t) result.push_back(new_like(rows[static_cast<size_t>(t)]));
+  const Tensors result = new_row(rows, segments.count());
   const Vector out(segments, "out", result);
   context.check(flatmtl_combine(context.get(), matrix.get(), weights.data(), out.get(), &error), error);
   return result;
@@ -200,6 +206,56 @@ void combine_pair_(const Tensors &out, const Tensors &loss_rows, const Tensors &
   context.check(flatmtl_combine_pair(context.get(), loss.get(), perturbed.get(), a, b, result.get(), &error), error);
 }
 
+// The same ones with new tensors for their result. TorchScript needs them: it drops a call that returns nothing if the
+// list written to is a temporary, whatever the tensors in it.
+
+Tensors perturb(const Tensors &saved, const Tensors &grads, const std::vector<double> &scale, bool adaptive,
+                double eta) {
+  const char *op = "perturb";
+  Context context(op, 1);
+  Segments segments(op);
+  const Rows from(segments, "saved", saved), gradient(segments, "grads", grads);
+  if (static_cast<int64_t>(scale.size()) != segments.count())
+    fail(op, "scale has " + std::to_string(scale.size()) + " values, saved has " + std::to_string(segments.count()) +
+                 " tensors");
+  const Tensors result = new_row(saved, segments.count());
+  const Vector out(segments, "out", result);
+  flatmtl_error error{};
+  context.check(flatmtl_perturb(context.get(), out.get(), from.get(), gradient.get(), scale.data(), adaptive ? 1 : 0,
+                                eta, &error),
+                error);
+  return result;
+}
+
+Tensors combine(const Tensors &rows, int64_t num_tasks, const Tensor &weights) {
+  const char *op = "combine";
+  Context context(op, num_tasks);
+  Segments segments(op);
+  const Rows matrix(segments, "rows", rows, num_tasks);
+  const double *values = doubles_argument(op, "weights", weights, {num_tasks});
+  const Tensors result = new_row(rows, segments.count());
+  const Vector out(segments, "out", result);
+  flatmtl_error error{};
+  context.check(flatmtl_combine(context.get(), matrix.get(), values, out.get(), &error), error);
+  return result;
+}
+
+Tensors combine_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int64_t num_tasks,
+                     const Tensor &loss_weights, const Tensor &flat_weights) {
+  const char *op = "combine_pair";
+  Context context(op, num_tasks);
+  Segments segments(op);
+  const Rows loss(segments, "loss_rows", loss_rows, num_tasks);
+  const Rows perturbed(segments, "perturbed_rows", perturbed_rows, num_tasks);
+  const double *a = doubles_argument(op, "loss_weights", loss_weights, {num_tasks});
+  const double *b = doubles_argument(op, "flat_weights", flat_weights, {num_tasks});
+  const Tensors result = new_row(loss_rows, segments.count());
+  const Vector out(segments, "out", result);
+  flatmtl_error error{};
+  context.check(flatmtl_combine_pair(context.get(), loss.get(), perturbed.get(), a, b, out.get(), &error), error);
+  return result;
+}
+
 }  // namespace
 }  // namespace flatmtl
 
@@ -219,6 +275,11 @@ STABLE_TORCH_LIBRARY(flatmtl, m) {
   m.def(
       "combine_pair_(Tensor(a!)[] out, Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, "
       "Tensor loss_weights, Tensor flat_weights) -> ()");
+  m.def("perturb(Tensor[] saved, Tensor[] grads, float[] scale, bool adaptive, float eta) -> Tensor[]");
+  m.def("combine(Tensor[] rows, int num_tasks, Tensor weights) -> Tensor[]");
+  m.def(
+      "combine_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, Tensor loss_weights, "
+      "Tensor flat_weights) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flatmtl, CompositeExplicitAutograd, m) {
@@ -232,4 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CompositeExplicitAutograd, m) {
   m.impl("copy_", TORCH_BOX(&flatmtl::copy_));
   m.impl("combine_", TORCH_BOX(&flatmtl::combine_));
   m.impl("combine_pair_", TORCH_BOX(&flatmtl::combine_pair_));
+  m.impl("perturb", TORCH_BOX(&flatmtl::perturb));
+  m.impl("combine", TORCH_BOX(&flatmtl::combine));
+  m.impl("combine_pair", TORCH_BOX(&flatmtl::combine_pair));
 }

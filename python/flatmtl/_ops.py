@@ -175,3 +175,20 @@ def _(losses: Tensor, norms: Tensor | None, weighting: int, options: list[float]
 
 @fake("flatmtl::loss_observe")
 def _(losses: Tensor, losses_after: Tensor, weighting: int, options: list[float], state: Tensor) -> None: ...
+
+
+@fake("flatmtl::perturb")
+def _(saved: list[Tensor], grads: list[Tensor], scale: list[float], adaptive: bool, eta: float) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in saved]
+
+
+@fake("flatmtl::combine")
+def _(rows: list[Tensor], num_tasks: int, weights: Tensor) -> list[Tensor]:
+    return [torch.empty_like(segment) for segment in rows[: len(rows) // num_tasks]]
+
+
+@fake("flatmtl::combine_pair")
+def _(
+    loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_weights: Tensor, flat_weights: Tensor
+) -> list[Tensor]:
+    return [torch.empty_like(segment) for segment in loss_rows[: len(loss_rows) // num_tasks]]

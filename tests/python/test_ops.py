@@ -37,10 +37,15 @@ def arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple:
         "copy_": (one, two),
         "combine_": (one, rows, 2, WEIGHTS),
         "combine_pair_": (one, rows, other, 2, WEIGHTS, 2 * WEIGHTS),
+        "perturb": (two, three, [0.1 * t for t in range(len(one))], True, 0.25),
+        "combine": (rows, 2, WEIGHTS),
+        "combine_pair": (rows, other, 2, WEIGHTS, 2 * WEIGHTS),
     }[name]
 
 
-NAMES = ["gramian", "gramian_pair", "sq_norms", "weights", "step_weights", "aggregate"]
+NAMES = [
+    "gramian", "gramian_pair", "sq_norms", "weights", "step_weights", "aggregate", "perturb", "combine", "combine_pair",
+]  # fmt: skip
 MUTATING = ["perturb_", "copy_", "combine_", "combine_pair_"]
 
 
@@ -160,6 +165,14 @@ def test_kernels_let_inf_and_nan_through():
     assert ops.gramian_pair(flat(random_rows(3)), flat(rows), 3).diagonal().isnan().nonzero().tolist() == [[4]]
 
 
+@pytest.mark.parametrize("name", ["perturb", "combine", "combine_pair"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_new_results_are_those_written_in_place(name, dtype):
+    args, mutating = arguments(name, dtype), arguments(f"{name}_", dtype)
+    assert_same(call(name, args), call(f"{name}_", mutating))
+    assert_same(args, arguments(name, dtype))
+
+
 def test_step_weights():
     a, b, status = ops.step_weights(PAIR, None, SUM, [], _ops.COMBINE["decomposed"], _ops.FAMILY_SCALE["rms"])
     assert_same(a, torch.ones(2, dtype=torch.float64))
@@ -220,6 +233,18 @@ ERRORS = {
     "scale count": (
         lambda: ops.perturb_([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [], False, 0.0),
         r"flatmtl::perturb_: scale has 0 values, params has 1 tensors",
+    ),
+    "scale count of the new result": (
+        lambda: ops.perturb([torch.ones(3)], [torch.ones(3)], [], False, 0.0),
+        r"flatmtl::perturb: scale has 0 values, saved has 1 tensors",
+    ),
+    "weights shape of the new result": (
+        lambda: ops.combine([torch.ones(3)] * 2, 2, torch.ones(3).double()),
+        r"flatmtl::combine: weights has shape \(3,\); expected \(2,\)",
+    ),
+    "rows of the new result": (
+        lambda: ops.combine_pair([torch.ones(3)] * 2, [torch.ones(2)] * 2, 2, WEIGHTS, WEIGHTS),
+        r"flatmtl::combine_pair: perturbed_rows\[0\]\[0\] has 2 elements, loss_rows\[0\]\[0\] has 3",
     ),
     "weights dtype": (
         lambda: ops.combine_([torch.ones(3)], [torch.ones(3)] * 2, 2, torch.ones(2)),

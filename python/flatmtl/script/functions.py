@@ -1,15 +1,4 @@
-"""Gramian, weights, aggregation and loss weightings for code under `torch.jit.script`.
-
->>> @torch.jit.script
-... def update(rows: list[list[Tensor]]) -> list[Tensor]:
-...     return flatmtl.script.aggregate(rows, "cagrad", [0.4])
-
-The functions of `flatmtl` with types that TorchScript knows: `rows` is a list of K lists of tensors on the CPU;
-`options` are numbers in the order of flatmtl.h (none: the defaults). They can be called in eager mode too.
-
-TorchScript hands its lists to ops of torch's stable interface without a copy, and the op takes the tensors out of them,
-so that the caller's list is left empty of tensors. These functions hand over a list of their own.
-"""
+"""Gramian, weights, aggregation, loss weightings and task gradients for code under `torch.jit.script`."""
 
 # No `from __future__ import annotations`: TorchScript reads the annotations.
 
@@ -73,6 +62,18 @@ def weighting_number(weighting: str) -> int:
         if name == weighting:
             return number
     raise RuntimeError("flatmtl.script: there is no weighting " + weighting + "; known: " + ", ".join(names))
+
+
+def gradients(losses: list[Tensor], params: list[Tensor]) -> list[list[Tensor | None]]:
+    """The gradient of every loss, one row a loss and one entry a parameter. Frees the graph of the losses.
+
+    An entry is None where the loss does not reach the parameter, or zeros: compiled code does not tell.
+    """
+    rows: list[list[Tensor | None]] = []
+    for i, loss in enumerate(losses):
+        row = torch.autograd.grad([loss], params, retain_graph=i + 1 < len(losses), allow_unused=True)
+        rows.append(list(row))
+    return rows
 
 
 def method_number(method: str) -> int:
