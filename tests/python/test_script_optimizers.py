@@ -91,8 +91,7 @@ def fed(module, first, last):
         module.step(rows, perturbed)
 
 
-@pytest.mark.parametrize("method", METHOD)
-@pytest.mark.parametrize("kind", ["momentum", "adam"])
+@pytest.mark.parametrize(("kind", "method"), [("adam", "default"), *(("momentum", method) for method in METHOD)])
 def test_scripted_saved_and_loaded_steps_have_the_same_bits(kind, method, tmp_path):
     kind, options, *_ = WRAPPED[kind]
     options = options | METHOD[method]
@@ -121,6 +120,20 @@ def test_a_saved_step_can_be_stopped_in_the_middle(tmp_path):
     loaded = torch.jit.load(tmp_path / "trainer.pt")
     loaded.optimizer.restore()
     assert equal(values(loaded.model), before)
+
+
+def test_draws_are_those_of_the_step():
+    """Three tasks, so that PCGrad has an order to draw."""
+    aggregator = flatmtl.PCGrad(seed=5)
+    params = [torch.zeros(2) for _ in range(2)]
+    optimizer = torch.jit.script(
+        flatmtl.script.SGD(params, params, 0.0, aggregator=aggregator, family_scale=None, rho=0.0)
+    )
+    rows = [[torch.tensor([0.1, 0.0]), torch.tensor(row)] for row in ([1.0, 0.3], [-1.0, 0.5], [-0.3, -1.5])]
+    drawn = [optimizer.step(rows, [])[0] for _ in range(6)]
+    for draw, weights in enumerate(drawn):
+        assert torch.equal(weights, flatmtl.weights(flatmtl.gramian(rows), aggregator, draw=draw))
+    assert len({tuple(weights.tolist()) for weights in drawn}) > 1
 
 
 def test_numbers_can_be_set():
