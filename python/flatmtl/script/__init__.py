@@ -4,10 +4,9 @@
 ... def update(rows: list[list[Tensor]]) -> list[Tensor]:
 ...     return flatmtl.script.aggregate(rows, "cagrad", [0.4])
 
-`gramian`, `weights`, `aggregate` and those of the loss weightings are the functions of `flatmtl` with types that TorchScript knows: `rows` is a list
-of K lists of tensors on the CPU; `options` are numbers in the order of flatmtl.h (none: the defaults). `SGD` and `Adam`
-are optimizers as modules, to be scripted, saved, loaded without Python and trained on there. All can be used in eager
-mode too.
+The functions are those of `flatmtl` with types that TorchScript knows: `rows` is a list of K lists of tensors on the
+CPU; `options` are numbers in the order of flatmtl.h (none: the defaults). `SGD` and `Adam` are optimizers as modules, to
+be scripted, saved, loaded without Python and trained on there. All can be used in eager mode too.
 
 TorchScript hands its lists to ops of torch's stable interface without a copy, and the op takes the tensors out of them,
 so that the caller's list is left empty of tensors. What is here hands over a list of its own.
