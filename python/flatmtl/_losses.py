@@ -209,6 +209,18 @@ def _follow_element(edge: GradientEdge) -> GradientEdge | None:
     return scalars[index] if scalars is not None and 0 <= index < length else None
 
 
+def gradients(
+    losses: Sequence[Loss], inputs: Sequence[Tensor], scale: float, retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the sum of the losses times `scale`, None for inputs that they do not reach."""
+    edges = [loss.edge for loss in losses if loss.edge is not None]
+    seeds = []
+    for edge in edges:
+        meta = edge.node._input_metadata[edge.output_nr]
+        seeds.append(torch.full(tuple(meta.shape), scale, dtype=meta.dtype, device=meta.device))
+    return torch.autograd.grad(edges, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
+
+
 def leaves(edge: GradientEdge, stop: Iterable[Any] = ()) -> set[Tensor]:
     """The leaf tensors that the graph behind `edge` reaches, without looking behind the nodes in `stop`."""
     seen, found, todo = {*stop}, set(), [edge.node]

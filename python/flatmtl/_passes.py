@@ -7,6 +7,7 @@ state and module buffers it started from, so that it can be made again at anothe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _losses
+from ._features import FeatureGradients, Features
 from ._losses import Closure, Loss, Task
 from ._point import Point
 from ._protect import Buffers, HeldInterrupt, Pass
@@ -35,7 +37,7 @@ class Passes:
 
     def __init__(
         self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
-        replay_rng: bool, loss_scale: float, roles_given: bool,
+        replay_rng: bool, loss_scale: float, roles_given: bool, features: Features | None = None,
     ) -> None:  # fmt: skip
         self.closure, self.point = closure, point
         self.arguments: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
@@ -46,9 +48,14 @@ class Passes:
         self._containers: list[Any] = []
         self._form = ""
         self.sum: list[Tensor | None] | None = None
+        self.features = features
+        self.stop_at_features = False  # whether gradients stop there; then found in `at_features`, with the graph
+        self.at_features: FeatureGradients | None = None
         self._first: Pass | None = None
         if _losses.is_per_task(closure):
             _losses.check_closures(closure)
+        if features is not None and (_losses.is_per_task(closure) or len(self.arguments) > 1):
+            raise ValueError("features= needs one closure for all tasks, and no more than one of batches=")
 
     # -- at theta --------------------------------------------------------------------------------------------------
 
@@ -118,7 +125,11 @@ class Passes:
         everything = range(len(self.point.tensors))
         if total is None:
             for k, (loss, state) in enumerate(pairs):
-                state.grads = self._gradients([loss], everything, retain_graph=k + 1 < len(pairs))
+                last = k + 1 == len(pairs)
+                if self.features is not None:
+                    self._differentiate_at_features(loss, state, last)
+                    continue
+                state.grads = self._gradients([loss], everything, retain_graph=not last)
                 state.reached = [i for i, g in enumerate(state.grads) if g is not None]
             return
         if not pairs:
@@ -134,6 +145,17 @@ class Passes:
             g if old is None else old if g is None else old + g
             for g, old in zip(grads, total.grads or [None] * len(grads), strict=True)
         ]
+
+    def _differentiate_at_features(self, loss: Loss, state: TaskState, last: bool) -> None:
+        """With gradients that stop there, or with those of the features beside those of the parameters."""
+        assert self.features is not None
+        if self.at_features is None:
+            self.at_features = FeatureGradients(self.features.take(), self.point, self.loss_scale)
+        with self.interrupt.window():
+            if self.stop_at_features:
+                state.grads = self.at_features.differentiate(loss, state)
+            else:
+                state.grads = self.at_features.differentiate_all(loss, state, retain_graph=not last)
 
     def losses(self) -> Any:
         """The unperturbed losses, detached, in the container that the closure returned; means over micro-batches."""
@@ -155,7 +177,9 @@ class Passes:
             state.perturbed = [None] * len(self.point.tensors)
             for i in state.reached:
                 g = mean.grads[i]
-                state.perturbed[i] = torch.zeros_like(self.point.tensors[i]) if g is None else g
+                if g is None and not self.stop_at_features:
+                    g = torch.zeros_like(self.point.tensors[i])
+                state.perturbed[i] = g
             square = self.point.arithmetic.sq_norm(self.point.row(state.perturbed, state.own), state.own)
             check_square(square, state.task, "perturbed")
 
@@ -166,6 +190,10 @@ class Passes:
             losses = self._again(forward, wanted) if wanted else []
             for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
                 reached = states[i].reached
+                if self.stop_at_features:
+                    self._differentiate_at_features(loss, found[i], False)
+                    found[i].loss = loss.value
+                    continue
                 grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
                 found[i].loss = loss.value
                 found[i].grads = [None] * len(self.point.tensors)
@@ -230,7 +258,8 @@ class Passes:
             self._first.restore()
 
     def _call(self, forward: Forward, task: Task | None, grad: bool = True) -> Any:
-        with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching():
+        features = nullcontext() if self.features is None else self.features.watching()
+        with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching(), features:
             if _losses.takes_task(forward.closure):
                 return forward.closure(*forward.arguments, task=task)
             return forward.closure(*forward.arguments)
@@ -238,25 +267,6 @@ class Passes:
     def _gradients(self, losses: Sequence[Loss], indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
         """Gradients of the sum of the losses, times the loss scale."""
         tensors = [self.point.tensors[i] for i in indices]
-        edges = [loss.edge for loss in losses if loss.edge is not None]
-        seeds = []
-        for edge in edges:
-            meta = edge.node._input_metadata[edge.output_nr]
-            seeds.append(torch.full(tuple(meta.shape), self.loss_scale, dtype=meta.dtype, device=meta.device))
         with self.interrupt.window():
-            grads = torch.autograd.grad(
-                edges, tensors, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True
-            )
-        return [
-            None if g is None else _fitted(g, t, self.point.params[i].name)
-            for g, t, i in zip(grads, tensors, indices, strict=True)
-        ]
-
-
-def _fitted(grad: Tensor, param: Tensor, name: str) -> Tensor:
-    """`grad` in the memory layout of its parameter."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"gradient of parameter {name} is sparse ({grad.layout}); dense gradients are required")
-    if grad.stride() == param.stride():
-        return grad
-    return torch.empty_like(param).copy_(grad)
+            grads = _losses.gradients(losses, tensors, self.loss_scale, retain_graph)
+        return [None if g is None else self.point.fitted(i, g) for g, i in zip(grads, indices, strict=True)]

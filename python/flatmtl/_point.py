@@ -58,6 +58,16 @@ class Point:
         """The gradients at the indices, zeros where there is none."""
         return [self.zeros(i) if (g := gradients[i]) is None else g for i in indices]
 
+    def fitted(self, i: int, grad: Tensor) -> Tensor:
+        """A gradient of parameter i in the memory layout of the parameter."""
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
+            )
+        if grad.stride() == self.tensors[i].stride():
+            return grad
+        return torch.empty_like(self.tensors[i]).copy_(grad)
+
     def zeros(self, i: int) -> Tensor:
         """Zeros like parameter i; one tensor for all who ask, not to be written to."""
         if i not in self._zeros:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import _ops, _record
+from . import _featured, _ops, _record
+from ._features import Features
 from ._losses import Task
 from ._passes import Passes
 from ._point import Point
@@ -39,6 +40,7 @@ class Settings:
     norm: str
     combine: str
     family_scale: str | None
+    features: list[nn.Module] | None
     m_sharpness: bool
     replay_rng: bool
     seed: int
@@ -61,6 +63,9 @@ class Step:
         self.buffers, self.interrupt = buffers, interrupt
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine)
+        self.featured = settings.features is not None and not settings.flat.needs_features
+        if self.featured and self.flat and not settings.flat.works_at_features(settings.combine):
+            raise ValueError(f"features= with flatness mode {settings.flat.name!r} needs rho = 0 in every param group")
         self.point = Point(params)
         self.tensors = self.point.tensors
         self.arithmetic = self.point.arithmetic
@@ -81,10 +86,13 @@ class Step:
     # -- the order of a step ---------------------------------------------------------------------------------------
 
     def run(self, closure: Any, batches: Sequence[Any] | None = None) -> None:
+        features = None if self.settings.features is None else Features(self.settings.features)
         self.passes = Passes(
             closure, batches, self.point, buffers=self.buffers, interrupt=self.interrupt,
             replay_rng=self.settings.replay_rng, loss_scale=self.loss_scale, roles_given=self.roles.fixed is not None,
+            features=features,
         )  # fmt: skip
+        self.passes.stop_at_features = self.featured and not self.flat
         count = len(self.passes.arguments)
         one_by_one = self.settings.m_sharpness and self.flat and count > 1
         parts = []
@@ -94,7 +102,8 @@ class Step:
             self.tasks = TaskState.mean(parts)
             self._find_roles()
             self._measure()
-        self._finish()
+        if not self.featured:
+            self._finish()
 
     def _gradients(self, micro: Sequence[int]) -> list[TaskState]:
         """Gradients of some micro-batches: unperturbed, and at points that are perturbed along them."""
@@ -106,9 +115,14 @@ class Step:
         after = self.passes.snapshot()
         self._find_roles()
         self._measure()
+        self.passes.stop_at_features = self.featured
         if self.flat:
             self.settings.flat.perturb(self)
-            self.point.restore()
+        if self.featured:  # while the graph of the trunk is there
+            _featured.finish(self)
+        if self.flat:
+            if not self.featured:
+                self.point.restore()
             after.restore()
         return self.tasks
 
@@ -146,7 +160,10 @@ class Step:
             state.sq_own = self.sq_norm(own, state.own, adaptive)
             check_square(state.sq_shared + state.sq_own, state.task, "unperturbed")
             absent = float(state.loss) == 0.0 and self.sq_norm(rows, self.shared, False) == 0.0
-            if absent and self.sq_norm(own, state.own, False) == 0.0:
+            absent = absent and self.sq_norm(own, state.own, False) == 0.0
+            if absent and (at := self.passes.at_features) is not None:
+                absent = float(at.gramian([state.index])) == 0.0
+            if absent:
                 continue
             self.present.append(state)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _ops, _record
+from ._features import read_modules
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
 from ._roles import Roles
@@ -74,6 +75,11 @@ class FlatMTL(Optimizer):
         shared: parameters or modules that are shared, instead of finding them. Every other parameter is own and gets
             the sum of the t_i of the losses that reach it.
         modules: modules whose buffers are to be protected, instead of all that the closure calls.
+        features: the modules whose outputs the heads read. The K backwards of the losses stop there, the aggregator
+            sees the gradients of the features, and one backward with their weighted sum gives the trunk's gradient
+            (MGDA-UB, 1810.04650): K times cheaper in the trunk. Norms and cosines of the record are then those of the
+            features' gradients. Works with ``rho=0``, and with ``flat="sam"``, ``"asam"`` or ``"fsam"`` and
+            ``combine="direct"``; ``flat="mtcool"`` perturbs the features themselves.
         m_sharpness: with ``batches``, perturb along the gradient of each micro-batch instead of their mean.
         replay_rng: draw the same random numbers (dropout) in every pass of a step.
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
@@ -100,6 +106,7 @@ class FlatMTL(Optimizer):
         family_scale: str | None = "rms",
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
+        features: nn.Module | Iterable[nn.Module] | None = None,
         m_sharpness: bool = False,
         replay_rng: bool = True,
         nonfinite: str = "raise",
@@ -129,7 +136,7 @@ class FlatMTL(Optimizer):
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
             get_aggregator(aggregator), mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            bool(m_sharpness), bool(replay_rng), seed,
+            self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.modules = None if modules is None else list(modules)
@@ -146,6 +153,18 @@ class FlatMTL(Optimizer):
             setattr(self, hooks, OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
+
+    def _read_features(self, features: Any, mode: Flatness, combine: str, rho: Any) -> list[nn.Module] | None:
+        modules = read_modules(features)
+        if modules is None and mode.needs_features:
+            raise ValueError(f"flatness mode {mode.name!r} needs features=, the modules whose outputs the heads read")
+        plain = mode.uses_rho and (max(rho) if isinstance(rho, (tuple, list)) else rho) == 0.0
+        if modules is not None and not (mode.needs_features or plain or mode.works_at_features(combine)):
+            raise ValueError(
+                f"features= with flatness mode {mode.name!r} and combine={combine!r}: gradients that stop at the "
+                "features work with rho=0, and with flat='sam', 'asam' or 'fsam' and combine='direct'"
+            )
+        return modules
 
     # -- the wrapped optimizer's, live in both directions ----------------------------------------------------------
 

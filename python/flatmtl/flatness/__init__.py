@@ -16,6 +16,7 @@ from typing import Any
 
 from ._base import Flatness
 from .fmtl import FMTL
+from .mtcool import MTCOOL
 from .sam import ASAM, FSAM, GSAM, SAM, WSAM, LookSAM
 from .samo import SAMO
 from .sgsu import SGSU
@@ -26,6 +27,7 @@ __all__ = [
     "FMTL",
     "FSAM",
     "GSAM",
+    "MTCOOL",
     "SAM",
     "SAMO",
     "SGSU",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 FLATNESS: dict[str, type[Flatness]] = {
-    cls.name: cls for cls in (FMTL, SAM, ASAM, GSAM, WSAM, FSAM, LookSAM, SAMO, SGSU)
+    cls.name: cls for cls in (FMTL, SAM, ASAM, GSAM, WSAM, FSAM, LookSAM, SAMO, MTCOOL, SGSU)
 }
 
 

@@ -22,6 +22,8 @@ class Flatness:
     uses_rho: ClassVar[bool] = True
     #: Whether a step leaves something for the next, so that it cannot be made once a micro-batch.
     has_state: ClassVar[bool] = False
+    #: Whether `FlatMTL(features=)` must be given for the mode itself.
+    needs_features: ClassVar[bool] = False
     #: What `combine=None` means.
     default_combine: ClassVar[str] = "decomposed"
 
@@ -32,6 +34,10 @@ class Flatness:
     def needs_task_gradients(self, combine: str) -> bool:
         """Whether the g_i are needed one by one. If not, the unperturbed pass makes one backward, of their sum."""
         return True
+
+    def works_at_features(self, combine: str) -> bool:
+        """Whether perturbed gradients may stop at the features: one point for all tasks, and nothing but the s_i."""
+        return False
 
     def perturb(self, step: Step) -> None:
         """The perturbed passes over the micro-batches `step.micro`: fills `perturbed` of every task in `step.present`.

@@ -32,6 +32,9 @@ class SAM(Flatness):
     def needs_task_gradients(self, combine: str) -> bool:
         return combine != "direct"
 
+    def works_at_features(self, combine: str) -> bool:
+        return not self.needs_task_gradients(combine)
+
     def perturb(self, step: Step) -> None:
         row, own = step.summed_gradient()
         row = self._direction(step, row, own)
