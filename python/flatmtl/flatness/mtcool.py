@@ -39,7 +39,8 @@ class MTCOOL(Flatness):
 
     def perturb(self, step: Step) -> None:
         features, at = step.passes.features, step.passes.at_features
-        assert features is not None and at is not None  # needs_features
+        assert features is not None  # needs_features
+        assert at is not None
         rho = abs(step.params[0].rho_shared) if self.rho is None else self.rho
         sign = step.params[0].sign
         for state in step.present:
