@@ -10,6 +10,7 @@ from . import helpers as helpers
 from . import metrics as metrics
 from . import regularizers as regularizers
 from . import script as script
+from ._agreement import RankError
 from ._task import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
 from .functional import aggregate, gramian, weights
@@ -63,6 +64,7 @@ __all__ = [
     "NashMTL",
     "NonFiniteError",
     "PCGrad",
+    "RankError",
     "Sum",
     "Weighting",
     "aggregate",

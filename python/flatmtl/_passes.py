@@ -19,6 +19,7 @@ from ._features import FeatureGradients, Features
 from ._losses import Closure, Loss, Task
 from ._point import Point
 from ._protect import Buffers, HeldInterrupt, Pass
+from ._sync import Alone
 from ._task import TaskState, check_losses, check_square
 
 
@@ -37,8 +38,9 @@ class Passes:
 
     def __init__(
         self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
-        replay_rng: bool, loss_scale: float, roles_given: bool, features: Features | None = None,
+        replay_rng: bool, loss_scale: float, roles_given: bool, sync: Alone, features: Features | None = None,
     ) -> None:  # fmt: skip
+        self.sync = sync
         self.closure, self.point = closure, point
         self.arguments: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
         self.buffers, self.interrupt, self.replay_rng = buffers, interrupt, replay_rng
@@ -66,14 +68,17 @@ class Passes:
         With `summed` one backward gives the gradient of the sum of the losses alone, to be found in `self.sum`, and
         what each loss reaches is read from its graph.
         """
+        self.sync.enter(len(self.arguments))
         parts, sums = [], []
         for m in micro:
             sum_of_tasks = TaskState("sum of the losses", -1) if summed else None
             parts.append(self._unperturbed(m, sum_of_tasks))
             sums.append([sum_of_tasks])
         states = TaskState.mean(parts)
-        self.sum = TaskState.mean(sums)[0].grads if summed else None  # type: ignore[arg-type]
+        total = TaskState.mean(sums)[0] if summed else None  # type: ignore[arg-type]
         self.point.check_unchanged()
+        states = self.sync.unperturbed(states, total, len(self.arguments))
+        self.sum = None if total is None else total.grads
         return states
 
     def _unperturbed(self, m: int, total: TaskState | None) -> list[TaskState]:
@@ -169,17 +174,20 @@ class Passes:
 
         One closure for all tasks is called once a micro-batch, whatever the number of states.
         """
+        self.sync.enter(len(self.arguments), perturbed=True)
         parts = [self._perturbed(m, {s.index: s for s in states}) for m in micro]
         self.point.check_unchanged()
-        check_losses([(s.task, s.loss) for part in parts for s in part if s.loss is not None], "perturbed")
         for state, mean in zip(states, TaskState.mean(parts), strict=True):
             state.perturbed_loss = mean.loss
             state.perturbed = [None] * len(self.point.tensors)
             for i in state.reached:
-                g = mean.grads[i]
+                g = mean.grads[i] if mean.grads else None
                 if g is None and not self.stop_at_features:
                     g = torch.zeros_like(self.point.tensors[i])
                 state.perturbed[i] = g
+        self.sync.perturbed(states)
+        check_losses([(s.task, s.perturbed_loss) for s in states if s.perturbed_loss is not None], "perturbed")
+        for state in states:
             square = self.point.arithmetic.sq_norm(self.point.row(state.perturbed, state.own), state.own)
             check_square(square, state.task, "perturbed")
 
@@ -204,6 +212,7 @@ class Passes:
     def losses_here(self, micro: Sequence[int], states: Sequence[TaskState]) -> list[Tensor]:
         """Losses alone of the states' tasks where the parameters stand, means over the micro-batches: forwards without
         graphs."""
+        self.sync.enter(len(self.arguments), perturbed=True)
         values: dict[int, list[Tensor]] = {s.index: [] for s in states}
         for m in micro:
             for forward in self.forwards[m]:
@@ -211,7 +220,7 @@ class Passes:
                 for i, value in zip(wanted, self._again(forward, wanted, grad=False) if wanted else [], strict=True):
                     values[i].append(value.value)
         self.point.check_unchanged()
-        return [torch.stack(values[s.index]).mean() for s in states]
+        return self.sync.losses(states, [torch.stack(v).mean() if (v := values[s.index]) else None for s in states])
 
     def _again(self, forward: Forward, wanted: Sequence[int], grad: bool = True) -> list[Loss]:
         """The losses of the wanted tasks of a forward, made again from where it started."""

@@ -68,6 +68,7 @@ def _empty(step: Step) -> dict[str, Any]:
         "pareto_stationary_loss": False,
         "pareto_stationary_flat": False,
         "skipped": False,
+        "traffic_bytes": step.sync.traffic,
     }
 
 

@@ -22,6 +22,7 @@ from ._passes import Passes
 from ._point import Point
 from ._protect import Buffers, HeldInterrupt
 from ._roles import SHARED, Roles
+from ._sync import Alone
 from ._task import Parameter, TaskState, check_losses, check_square
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ class Step:
     def __init__(
         self, params: Sequence[Parameter], settings: Settings, roles: Roles, *, tasks: Sequence[Task] | None,
         states: dict[str, Any], draw: int, loss_scale: float, buffers: Buffers, interrupt: HeldInterrupt,
+        sync: Alone | None = None,
     ) -> None:  # fmt: skip
+        self.sync = sync or Alone()
         self.params = list(params)
         self.settings, self.roles, self.draw, self.loss_scale = settings, roles, draw, loss_scale
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
@@ -64,6 +67,8 @@ class Step:
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine)
         self.featured = settings.features is not None and not settings.flat.needs_features
+        if settings.features is not None and not isinstance(self.sync, Alone):
+            raise ValueError("features= works in one process: the ranks' features are not the same (sync=)")
         if self.featured and self.flat and not settings.flat.works_at_features(settings.combine):
             raise ValueError(f"features= with flatness mode {settings.flat.name!r} needs rho = 0 in every param group")
         self.point = Point(params)
@@ -90,26 +95,30 @@ class Step:
         self.passes = Passes(
             closure, batches, self.point, buffers=self.buffers, interrupt=self.interrupt,
             replay_rng=self.settings.replay_rng, loss_scale=self.loss_scale, roles_given=self.roles.fixed is not None,
-            features=features,
+            sync=self.sync, features=features,
         )  # fmt: skip
         self.passes.stop_at_features = self.featured and not self.flat
+        self.sync.start(self.params, f"{self.settings}, step {self.draw}")
         count = len(self.passes.arguments)
         one_by_one = self.settings.m_sharpness and self.flat and count > 1
         parts = []
         for micro in [[m] for m in range(count)] if one_by_one else [list(range(count))]:
             parts.append(self._gradients(micro))
-        if len(parts) > 1:
-            self.tasks = TaskState.mean(parts)
+        if len(parts) > 1 or self.sync.local:
+            self.tasks = self.sync.both(TaskState.mean(parts), self.summed)
+            self.losses = self.sync.container(self.passes.losses(), self.tasks)
             self._find_roles()
             self._measure()
         if not self.featured:
             self._finish()
+        self.sync.finish()
+        self.record["traffic_bytes"] = self.sync.traffic
 
     def _gradients(self, micro: Sequence[int]) -> list[TaskState]:
         """Gradients of some micro-batches: unperturbed, and at points that are perturbed along them."""
         self.micro = micro
         self.tasks = self.passes.unperturbed(micro, self.summed)
-        self.losses = self.passes.losses()
+        self.losses = self.sync.container(self.passes.losses(), self.tasks)
         check_losses([(s.task, s.loss) for s in self.tasks if s.loss is not None], "unperturbed")
         self._check_tasks()
         after = self.passes.snapshot()
@@ -136,12 +145,12 @@ class Step:
 
     def _find_roles(self) -> None:
         """Which parameters are shared and which are one task's own."""
-        reached = [{self.tensors[i] for i in s.reached} for s in self.tasks]
+        reached = [{self.tensors[i] for i in s.touched} for s in self.tasks]
         self.new_roles = self.roles.grown(reached, self.new_roles)
         role = [self.new_roles.get(t) for t in self.tensors]
         for state in self.tasks:
             state.own = [i for i in state.reached if role[i] != SHARED]
-        hit_any = {i for s in self.tasks for i in s.reached}
+        hit_any = {i for s in self.tasks for i in s.touched}
         self.shared = [i for i, r in enumerate(role) if r == SHARED and i in hit_any]
 
     def _measure(self) -> None:

@@ -16,7 +16,7 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient is Inf or NaN. `task` names it, `pass_` is "unperturbed" or "perturbed"."""
 
     def __init__(self, task: Task, pass_: str, what: str, value: float) -> None:
-        self.task, self.pass_, self.value = task, pass_, value
+        self.task, self.pass_, self.what, self.value = task, pass_, what, value
         super().__init__(
             f"task {task!r}: {what} is not finite ({value}) in the {pass_} pass; nothing was changed. "
             "If this task is absent from the batch, return None as its loss; nonfinite='skip' skips such steps"
@@ -49,14 +49,21 @@ class TaskState:
     task: Task
     index: int
     loss: Tensor | None = None  # 0-d, detached; None if the task is absent
+    parts: int = 1  # number of micro-batches that the means are over
     grads: list[Tensor | None] = field(default_factory=list)
     perturbed: list[Tensor | None] = field(default_factory=list)
     perturbed_loss: Tensor | None = None
     reached: list[int] = field(default_factory=list)  # indices of the parameters that the loss reaches
+    anywhere: list[int] | None = None  # those that it reaches on any rank, if there are several
     own: list[int] = field(default_factory=list)  # those that are its own
     reused: bool = False  # whether `perturbed` was made from an earlier step's
     sq_shared: float = 0.0  # squared norms of g_i and h_i, ASAM-weighted if adaptive
     sq_own: float = 0.0
+
+    @property
+    def touched(self) -> list[int]:
+        """Indices of the parameters that the loss reaches, here or on another rank."""
+        return self.reached if self.anywhere is None else self.anywhere
 
     @staticmethod
     def mean(parts: Sequence[Sequence[TaskState]]) -> list[TaskState]:
@@ -68,6 +75,7 @@ class TaskState:
             present = [s for s in states if s.loss is not None]
             mean = TaskState(states[0].task, states[0].index)
             if present:
+                mean.parts = sum(s.parts for s in present)
                 mean.loss = _mean_loss([s.loss for s in present])
                 mean.perturbed_loss = _mean_loss([s.perturbed_loss for s in present])
                 mean.reached = sorted({i for s in present for i in s.reached})

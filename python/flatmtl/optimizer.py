@@ -18,6 +18,7 @@ from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
 from ._roles import Roles
 from ._step import Settings, Step
+from ._sync import Alone, connect
 from ._task import NonFiniteError, Parameter
 from .aggregators import Aggregator, get_aggregator
 from .flatness import Flatness, get_flatness
@@ -85,6 +86,12 @@ class FlatMTL(Optimizer):
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
             None for every parameter, and ``last["skipped"]`` is True.
         seed: seed of the methods that draw (PCGrad's order); with the number of the step it fixes the draws.
+        sync: how the ranks of a data-parallel training work together (docs/distributed.md). ``"exact"``: every rank
+            perturbs with the mean gradient of all, as one process with the whole batch would; ``"local"``: each along
+            its own gradient, and both families are averaged (m-sharpness). ``"auto"`` is "exact" where the model is
+            wrapped in DistributedDataParallel or the parameters are DTensors (FSDP2), and no communication elsewhere;
+            None is none.
+        process_group: the group of the ranks; by default that of DDP or of the DTensors, or torch's default group.
 
     Example:
         >>> optimizer = flatmtl.FlatMTL(torch.optim.Adam(model.parameters(), lr=1e-3), aggregator="cagrad", rho=0.05)
@@ -111,6 +118,8 @@ class FlatMTL(Optimizer):
         replay_rng: bool = True,
         nonfinite: str = "raise",
         seed: int = 0,
+        sync: str | None = "auto",
+        process_group: Any = None,
     ) -> None:
         # Not super().__init__: param_groups, defaults and state are the wrapped optimizer's.
         if not isinstance(optimizer, Optimizer):
@@ -130,8 +139,11 @@ class FlatMTL(Optimizer):
         _check_choice("combine", combine, _ops.COMBINE)
         _check_choice("family_scale", family_scale, ("rms", None))
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        _check_choice("sync", sync, ("auto", "exact", "local", None))
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
+        if sync == "local" and mode.has_state:
+            raise ValueError(f"sync='local': flatness mode {mode!r} keeps gradients of whole steps")
         if m_sharpness and mode.has_state:
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
@@ -139,6 +151,8 @@ class FlatMTL(Optimizer):
             self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
+        self.sync, self.process_group = sync, process_group
+        self._ranks: Alone | None = None
         self.modules = None if modules is None else list(modules)
         self.roles = Roles(shared)
         self.tasks: list[Task] | None = None
@@ -256,21 +270,31 @@ class FlatMTL(Optimizer):
             return self._backward(closure, batches, grad_scaler, interrupt)
 
     def _backward(self, closure: Any, batches: Iterable[Any] | None, grad_scaler: Any, interrupt: HeldInterrupt) -> Any:
-        params = self._parameters()
-        if batches is not None:
-            batches = list(batches)
-            if not batches:
-                raise ValueError("batches is empty: expected at least one micro-batch")
-        scaled = grad_scaler is not None and grad_scaler.is_enabled()
-        loss_scale = 1.0
-        if scaled:  # through scale(), which sets the scaler up at its first call
-            loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
-        step = Step(
-            params, self.settings, self.roles, tasks=self.tasks, states=self.states, draw=self.steps,
-            loss_scale=loss_scale, buffers=Buffers(self.modules), interrupt=interrupt,
-        )  # fmt: skip
+        if self._ranks is None:
+            self._ranks = connect(self.sync, self.process_group, self.settings.m_sharpness, self._all_tensors())
+        with self._ranks.step():
+            return self._backward_on(self._ranks, closure, batches, grad_scaler, interrupt)
+
+    def _backward_on(
+        self, ranks: Alone, closure: Any, batches: Iterable[Any] | None, grad_scaler: Any, interrupt: HeldInterrupt
+    ) -> Any:
+        with ranks.guard():
+            params = self._parameters()
+            if batches is not None:
+                batches = list(batches)
+                if not batches:
+                    raise ValueError("batches is empty: expected at least one micro-batch")
+            scaled = grad_scaler is not None and grad_scaler.is_enabled()
+            loss_scale = 1.0
+            if scaled:  # through scale(), which sets the scaler up at its first call
+                loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
+            step = Step(
+                params, self.settings, self.roles, tasks=self.tasks, states=self.states, draw=self.steps,
+                loss_scale=loss_scale, buffers=Buffers(self.modules), interrupt=interrupt, sync=ranks,
+            )  # fmt: skip
         try:
-            step.run(closure, batches)
+            with ranks.guard():
+                step.run(closure, batches)
         except NonFiniteError:
             step.rollback()
             if not scaled and self.nonfinite == "raise":
@@ -368,7 +392,7 @@ class FlatMTL(Optimizer):
         self.optimizer.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        self.steps, self.tasks, self.last = 0, None, {}
+        self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
         self.roles.of, self.states = {}, {}
         if own is not None:
             self.steps, self.settings.seed = own["steps"], own["seed"]
@@ -403,7 +427,8 @@ class FlatMTL(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _HOOKS and k != "step"}  # schedulers patch step
+        state = {k: v for k, v in self.__dict__.items() if k not in _HOOKS and k != "step"}  # schedulers patch step
+        return {**state, "_ranks": None, "process_group": None}  # a process group cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -1,0 +1,68 @@
+"""torch's wrappers of distributed models, found by the parameters they hold: DistributedDataParallel, FSDP2 modules,
+and SyncBatchNorm."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+_DDP_FLAGS = {"require_backward_grad_sync": False, "find_unused_parameters": False, "static_graph": False}
+
+
+class Wrappers:
+    """The wrappers in this process that hold one of the parameters."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        wanted = {id(p) for p in params}
+        self.ddp: list[DistributedDataParallel] = []
+        self.fsdp: list[Any] = []
+        self.batch_norm = False
+        fsdp_module = _fsdp_class()
+        for thing in gc.get_objects():  # torch has no list of its wrappers
+            kind = type(thing)
+            if not issubclass(kind, (DistributedDataParallel, nn.SyncBatchNorm, fsdp_module)):
+                continue
+            if not any(id(p) in wanted for p in thing.parameters()):
+                continue
+            if issubclass(kind, DistributedDataParallel):
+                self.ddp.append(thing)
+            elif issubclass(kind, fsdp_module):
+                self.fsdp.append(thing)
+            else:
+                self.batch_norm = True
+
+    @property
+    def holds_collectives(self) -> bool:
+        """Whether a forward or backward pass waits for other ranks."""
+        buffers = any(m.broadcast_buffers and m.modules_buffers for m in self.ddp)
+        return bool(self.fsdp) or self.batch_norm or buffers
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """DDP without its own averages, which would see the gradients of some tasks only, and which a step of several
+        backwards after one forward confuses. Its buffers are broadcast before the first forward, and not again."""
+        flags = [*_DDP_FLAGS, "require_forward_param_sync"]
+        before = [{flag: getattr(module, flag) for flag in flags} for module in self.ddp]
+        for module in self.ddp:
+            vars(module).update(_DDP_FLAGS)
+        try:
+            yield
+        finally:
+            for module, values in zip(self.ddp, before, strict=True):
+                vars(module).update(values)
+
+    def reshard(self) -> None:
+        """Gathered copies of the parameters are given up, so that the next pass gathers them as they are then."""
+        for module in self.fsdp:
+            module.reshard()
+
+
+def _fsdp_class() -> type:
+    from torch.distributed.fsdp import FSDPModule
+
+    return FSDPModule
