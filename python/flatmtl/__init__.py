@@ -11,6 +11,8 @@ from . import metrics as metrics
 from . import regularizers as regularizers
 from . import script as script
 from ._agreement import RankError
+from ._diagnose import Diagnosis, diagnose
+from ._landscape import Landscape, landscape
 from ._task import NonFiniteError
 from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
 from .functional import aggregate, gramian, weights
@@ -54,12 +56,14 @@ __all__ = [
     "UW",
     "Aggregator",
     "CAGrad",
+    "Diagnosis",
     "FairGrad",
     "Fixed",
     "FixedWeights",
     "FlatMTL",
     "GO4Align",
     "GradNorm",
+    "Landscape",
     "Mean",
     "NashMTL",
     "NonFiniteError",
@@ -69,8 +73,10 @@ __all__ = [
     "Weighting",
     "aggregate",
     "cmake_prefix_path",
+    "diagnose",
     "gramian",
     "helpers",
+    "landscape",
     "metrics",
     "regularizers",
     "script",
