@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,18 +221,31 @@ def gradients(
     return torch.autograd.grad(edges, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
 
 
-def leaves(edge: GradientEdge, stop: Iterable[Any] = ()) -> set[Tensor]:
-    """The leaf tensors that the graph behind `edge` reaches, without looking behind the nodes in `stop`."""
-    seen, found, todo = {*stop}, set(), [edge.node]
+def nodes(edges: Iterable[GradientEdge], stop: Iterable[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph behind the edges, each once, without looking behind those in `stop`."""
+    seen, todo = {*stop}, [edge.node for edge in edges]
     while todo:
         node = todo.pop()
         if node in seen:
             continue
         seen.add(node)
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.add(variable)
+        yield node
         todo.extend(n for n, _ in node.next_functions if n is not None)
-    return found
+
+
+def leaves(edge: GradientEdge, stop: Iterable[Any] = ()) -> set[Tensor]:
+    """The leaf tensors that the graph behind `edge` reaches, without looking behind the nodes in `stop`."""
+    return {node.variable for node in nodes([edge], stop) if hasattr(node, "variable")}
+
+
+def check_graph(losses: Iterable[Loss | None]) -> None:
+    """Refuses graphs in which `torch.autograd.grad` would leave out parameters without a word."""
+    for node in nodes(loss.edge for loss in losses if loss is not None and loss.edge is not None):
+        if _node_name(node) == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "the closure uses torch.utils.checkpoint with use_reentrant=True, whose parameters get no gradient of "
+                "a single task; use use_reentrant=False"
+            )
 
 
 def like_container(container: Any, values: list[Tensor | None]) -> Any:

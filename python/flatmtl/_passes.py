@@ -38,7 +38,8 @@ class Passes:
 
     def __init__(
         self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
-        replay_rng: bool, loss_scale: float, roles_given: bool, sync: Alone, features: Features | None = None,
+        replay_rng: bool, loss_scale: float, roles_given: bool, sync: Alone, check_graph: bool = False,
+        features: Features | None = None,
     ) -> None:  # fmt: skip
         self.sync = sync
         self.closure, self.point = closure, point
@@ -50,6 +51,7 @@ class Passes:
         self._containers: list[Any] = []
         self._form = ""
         self.sum: list[Tensor | None] | None = None
+        self.check_graph = check_graph
         self.features = features
         self.stop_at_features = False  # whether gradients stop there; then found in `at_features`, with the graph
         self.at_features: FeatureGradients | None = None
@@ -128,6 +130,8 @@ class Passes:
         """The gradients of the losses of one forward, or, if `total` is given, of their sum, added to it."""
         pairs = [(loss, state) for loss, state in zip(losses, states, strict=True) if loss is not None]
         everything = range(len(self.point.tensors))
+        if self.check_graph:
+            _losses.check_graph(losses)
         if total is None:
             for k, (loss, state) in enumerate(pairs):
                 last = k + 1 == len(pairs)

@@ -41,6 +41,7 @@ class Settings:
     norm: str
     combine: str
     family_scale: str | None
+    max_norm: float | None
     features: list[nn.Module] | None
     m_sharpness: bool
     replay_rng: bool
@@ -95,7 +96,7 @@ class Step:
         self.passes = Passes(
             closure, batches, self.point, buffers=self.buffers, interrupt=self.interrupt,
             replay_rng=self.settings.replay_rng, loss_scale=self.loss_scale, roles_given=self.roles.fixed is not None,
-            sync=self.sync, features=features,
+            sync=self.sync, check_graph=any(t not in self.roles.of for t in self.tensors), features=features,
         )  # fmt: skip
         self.passes.stop_at_features = self.featured and not self.flat
         self.sync.start(self.params, f"{self.settings}, step {self.draw}")
@@ -294,10 +295,10 @@ class Step:
         )
         combine = _ops.COMBINE[self.settings.combine if self.flat else "decomposed"]
         scale = _ops.FAMILY_SCALE[self.settings.family_scale]
-        result: tuple[Tensor, Tensor, Tensor] = torch.ops.flatmtl.step_weights(
-            pair, direct, aggregator.number, options, combine, scale
-        )
-        return result
+        a, b, status = torch.ops.flatmtl.step_weights(pair, direct, aggregator.number, options, combine, scale)
+        if self.settings.max_norm is not None:
+            a, b = clipped(a, b, pair, direct, self.settings.max_norm, families=combine == _ops.COMBINE["decomposed"])
+        return a, b, status
 
     def _combine(
         self, loss_rows: list[list[Tensor]], perturbed_rows: list[list[Tensor]] | None, loss_weights: Tensor,
@@ -351,6 +352,25 @@ class Step:
         for i, (t, out) in enumerate(zip(self.tensors, self.point.saved, strict=True)):
             if any(i in s.reached for s in self.tasks):
                 t.grad = out.fill_(math.inf)
+
+
+def clipped(
+    a: Tensor, b: Tensor, pair: Tensor, direct: Tensor | None, max_norm: float, families: bool
+) -> tuple[Tensor, Tensor]:
+    """Weights of combined gradients of norm max_norm at most: of each family, or of the whole update."""
+    count = len(a)
+    if families:
+        parts = [(a, pair[:count, :count]), (b, pair[count:, count:])]
+        factors = [_clip_factor(float(w @ gramian @ w), max_norm) for w, gramian in parts]
+        return a * factors[0], b * factors[1]
+    both = torch.cat([a, b])
+    square = both @ pair @ both if direct is None else a @ direct @ a
+    factor = _clip_factor(float(square), max_norm)
+    return a * factor, b * factor
+
+
+def _clip_factor(square: float, max_norm: float) -> float:
+    return max_norm / math.sqrt(square) if square > max_norm**2 else 1.0
 
 
 def _transformed(pair: Tensor, p: Tensor, q: Tensor) -> Tensor:

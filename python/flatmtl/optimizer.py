@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -73,6 +74,8 @@ class FlatMTL(Optimizer):
         family_scale: ``"rms"`` divides a family of gradients by its root mean square norm before A and multiplies
             afterwards, so that every method is homogeneous of degree 1 and the much smaller flat family is treated
             like the loss family; ``None`` is the raw method.
+        max_norm: clips the combined gradient of the shared parameters to this norm, each family's with
+            ``combine="decomposed"``, else the whole: what the Nash-MTL and FairGrad papers do, with 1.
         shared: parameters or modules that are shared, instead of finding them. Every other parameter is own and gets
             the sum of the t_i of the losses that reach it.
         modules: modules whose buffers are to be protected, instead of all that the closure calls.
@@ -111,6 +114,7 @@ class FlatMTL(Optimizer):
         norm: str = "separate",
         combine: str | None = None,
         family_scale: str | None = "rms",
+        max_norm: float | None = None,
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
         features: nn.Module | Iterable[nn.Module] | None = None,
@@ -138,6 +142,8 @@ class FlatMTL(Optimizer):
         _check_choice("norm", norm, ("separate", "joint"))
         _check_choice("combine", combine, _ops.COMBINE)
         _check_choice("family_scale", family_scale, ("rms", None))
+        if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0.0 < max_norm < math.inf):
+            raise ValueError(f"Invalid max_norm: {max_norm} (expected None or a finite number > 0)")
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
         _check_choice("sync", sync, ("auto", "exact", "local", None))
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
@@ -148,7 +154,7 @@ class FlatMTL(Optimizer):
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
             get_aggregator(aggregator), mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
+            max_norm, self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group
@@ -215,6 +221,21 @@ class FlatMTL(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the wrapped optimizer's. Never needed: a step overwrites `.grad`."""
         self.optimizer.zero_grad(set_to_none)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False: GradScaler unscales `.grad` and skips the update as it does for any optimizer.
+
+        It asks for this first of all, so that here is where a closure handed to `GradScaler.step` can be refused: by
+        the time `step` is called, the scale has been taken out of gradients that the closure has not made yet.
+        """
+        caller = sys._getframe(1)
+        if caller.f_code is torch.amp.GradScaler.step.__code__ and caller.f_locals.get("args"):
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure): a closure must be given to FlatMTL, which scales its losses. Call "
+                "optimizer.backward(closure, grad_scaler=scaler), then scaler.step(optimizer) and scaler.update()"
+            )
+        return False
 
     # -- the step --------------------------------------------------------------------------------------------------
 
