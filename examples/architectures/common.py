@@ -64,7 +64,7 @@ def accuracies(model: nn.Module, x: Tensor, y: Tensor) -> list[float]:
 
 def train(
     model: nn.Module, data: Data, losses: Losses = task_losses, *, flat: bool, epochs: int = 12, lr: float = 3e-3,
-    batch: int = 50, rho: float = 0.05, aggregator: str = "cagrad", seed: int = 0,
+    batch: int = 50, rho: float = 0.02, aggregator: str = "cagrad", seed: int = 0,
 ) -> list[list[float]]:  # fmt: skip
     """Trains in place, with F-MTL or on the sum of the losses; returns the mean losses of each epoch.
 
@@ -93,6 +93,13 @@ def train(
     return curve
 
 
+def report(flat: bool, curve: Any, scores: Sequence[float], what: str = "test accuracy, %", note: str = "") -> None:
+    """Prints the losses of the first and the last epoch, and test scores."""
+    first, last = (" ".join(f"{v:.3f}" for v in row) for row in (curve[0], curve[-1]))
+    name, scored = "with F-MTL   " if flat else "without F-MTL", " ".join(f"{s:.4g}" for s in scores)
+    print(f"{name}  losses {first} -> {last}   {what} {scored}  {note}".rstrip(), flush=True)
+
+
 def compare(
     make: Callable[[], nn.Module], data: Data, losses: Losses = task_losses, *,
     evaluate: Callable[[Any, Tensor, Tensor], Sequence[float]] = accuracies, what: str = "test accuracy, %",
@@ -104,10 +111,4 @@ def compare(
         torch.manual_seed(seed)
         model = make()
         curve = train(model, data, losses, flat=flat, seed=seed, **options)
-        scores = evaluate(model, data.test_x, data.test_y)
-        first, last = (" ".join(f"{v:.3f}" for v in row) for row in (curve[0], curve[-1]))
-        print(
-            f"{'with F-MTL   ' if flat else 'without F-MTL'}  losses {first} -> {last}   "
-            f"{what} {' '.join(f'{s:.4g}' for s in scores)}  {note(model)}".rstrip(),
-            flush=True,
-        )
+        report(flat, curve, evaluate(model, data.test_x, data.test_y), what, note(model))

@@ -3,9 +3,9 @@
 Min et al., "Data-CUBE: Data Curriculum for Instruction-based Sentence Representation Learning", Findings of ACL 2024,
 arXiv 2401.03563.
 
-Over tasks: the order that minimises the total interference between neighbours (1 - similarity), a travelling salesman's tour
-found by simulated annealing. Over samples: those of a task are divided from easy to difficult, and a level is
-finished by all tasks, in the order of the tour, before the next one begins. A mini-batch holds one task.
+Over tasks: the order with the least interference between neighbours (1 - similarity), a travelling salesman's tour found by
+simulated annealing. Over samples: from easy to difficult in levels; all tasks, in the order of the tour, finish a level
+before the next one begins. A mini-batch holds one task.
 
 Simplified: pictures instead of sentences; a task's similarity is the cosine of mean pictures, a sample's difficulty how much
 nearer the mean of its class is than that of the next class. Tasks: digits turned by 0, 90, 180 and 270 degrees, a
@@ -21,9 +21,9 @@ from collections.abc import Iterator
 import flatmtl
 import torch
 import torch.nn.functional as F
-from common import digit_halves
+from common import digit_halves, report
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 TASKS = 4
 
@@ -47,27 +47,18 @@ def tour(similarity: Tensor, steps: int = 2000, seed: int = 0) -> list[int]:
 
 
 class DataCube(Sampler[list[int]]):
-    """Mini-batches of indices, one task each: level by level, and within a level along the tour of the tasks.
+    """Mini-batches of the samples with these tasks and difficulties, level by level, and within a level along `order`."""
 
-    Args:
-        task: for each sample the number of its task.
-        difficulty: for each sample a number, comparable within its task.
-        order: the tasks' order, as `tour` finds it.
-        levels: into how many levels the samples of a task are divided.
-    """
-
-    def __init__(
-        self, task: Tensor, difficulty: Tensor, order: list[int], batch_size: int, levels: int = 3, seed: int = 0
-    ) -> None:
-        self.batch_size, self.generator = batch_size, torch.Generator().manual_seed(seed)
+    def __init__(self, task: Tensor, difficulty: Tensor, order: list[int], batch_size: int, levels: int = 3) -> None:
+        self.batch_size, self.generator = batch_size, torch.Generator().manual_seed(0)
         rows = [(task == t).nonzero().squeeze(1) for t in order]
         easy_first = [own[difficulty[own].argsort(stable=True)].tensor_split(levels) for own in rows]
         self.levels = [[split[level] for split in easy_first] for level in range(levels)]
 
     def __iter__(self) -> Iterator[list[int]]:
         for level in self.levels:
-            shuffled = [own[torch.randperm(len(own), generator=self.generator)] for own in level]
-            batches = [own.split(self.batch_size) for own in shuffled]
+            orders = (torch.randperm(len(own), generator=self.generator) for own in level)
+            batches = [own[order].split(self.batch_size) for own, order in zip(level, orders, strict=True)]
             for turn in range(max(map(len, batches))):
                 yield from (own[turn].tolist() for own in batches if turn < len(own))
 
@@ -75,14 +66,14 @@ class DataCube(Sampler[list[int]]):
         return sum(math.ceil(len(own) / self.batch_size) for level in self.levels for own in level)
 
 
-def turned_digits(train: int = 400, seed: int = 0) -> tuple[Dataset[tuple[Tensor, ...]], Dataset[tuple[Tensor, ...]]]:
+def turned_digits(train: int = 400, seed: int = 0) -> list[TensorDataset]:
     """Data sets of (picture, 64; class; task) for training and for testing."""
     sets = []
     for (images, labels), n in zip(digit_halves(seed), (train, None), strict=True):
         x, y = torch.from_numpy(images[:n]).float() / 16, torch.from_numpy(labels[:n])
         pictures = torch.cat([x.rot90(turns, (1, 2)).flatten(1) for turns in range(TASKS)])
         sets.append(TensorDataset(pictures, y.repeat(TASKS), torch.arange(TASKS).repeat_interleave(len(y))))
-    return sets[0], sets[1]
+    return sets
 
 
 def measure(x: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,43 +86,35 @@ def measure(x: Tensor, y: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
     return (own - other).squeeze(1), mean @ mean.T
 
 
-def main(flat: bool, epochs: int = 12) -> tuple[list[list[float]], list[float]]:
-    """Losses of the tasks by epoch, and their test accuracies."""
+def main(flat: bool, epochs: int = 12) -> tuple[Tensor, list[float]]:
+    """Mean losses, epochs x tasks, and the tasks' test accuracies."""
     torch.manual_seed(0)
     train, test = turned_digits()
     difficulty, similarity = measure(*train.tensors)
     loader = DataLoader(train, batch_sampler=DataCube(train.tensors[2], difficulty, tour(similarity), 25))
     trunk = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     heads = nn.ModuleList(nn.Linear(64, 10) for _ in range(TASKS))
-    optimizer = flatmtl.FlatMTL(
-        torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=2e-3), rho=0.05 if flat else 0.0
-    )
+    adam = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=2e-3)
+    optimizer = flatmtl.FlatMTL(adam, rho=0.02 if flat else 0.0)
+
+    def losses(parts: dict[int, tuple[Tensor, Tensor]]) -> list[Tensor | None]:
+        present = {t: F.cross_entropy(heads[t](trunk(x)), y) for t, (x, y) in parts.items()}
+        return [present.get(t) for t in range(TASKS)]
+
     curve = []
     for _ in range(epochs):
-        seen: list[list[float]] = [[] for _ in heads]
-        batches = iter(loader)
-        for first, second in zip(batches, batches, strict=True):
-            parts = {int(task[0]): (x, y) for x, y, task in (first, second)}
-
-            def closure(parts: dict[int, tuple[Tensor, Tensor]] = parts) -> list[Tensor | None]:
-                return [
-                    F.cross_entropy(head(trunk(parts[t][0])), parts[t][1]) if t in parts else None
-                    for t, head in enumerate(heads)
-                ]
-
-            for t, value in enumerate(optimizer.step(closure)):
-                seen[t] += [] if value is None else [value.item()]
-        curve.append([sum(values) / len(values) for values in seen])
+        seen, batches = [], iter(loader)
+        for pair in zip(batches, batches, strict=True):
+            parts = {int(task[0]): (x, y) for x, y, task in pair}
+            values = optimizer.step(lambda parts=parts: losses(parts))
+            seen.append(torch.stack([torch.tensor(math.nan) if v is None else v for v in values]))
+        curve.append(torch.stack(seen).nanmean(0))
     x, y, task = test.tensors
-    with torch.no_grad():
-        right = torch.stack([head(trunk(x)).argmax(1) == y for head in heads])
-    return curve, [100 * right[t][task == t].float().mean().item() for t in range(TASKS)]
+    right = [heads[t](trunk(x[task == t])).argmax(1) == y[task == t] for t in range(TASKS)]
+    return torch.stack(curve), [100 * r.float().mean().item() for r in right]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for flat in (False, True):
-        curve, scores = main(flat)
-        first, last = (" ".join(f"{v:.3f}" for v in row) for row in (curve[0], curve[-1]))
-        name = "with F-MTL   " if flat else "without F-MTL"
-        print(f"{name}  losses {first} -> {last}   test accuracy, % {' '.join(f'{s:.4g}' for s in scores)}")
+        report(flat, *main(flat))

@@ -92,7 +92,7 @@ def test_every_example_is_in_the_table():
     assert len(NAMES) == 9
     for name in NAMES:
         assert f"[`{name}.py`]({name}.py)" in table
-        assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) < 150, name
+        assert len((FOLDER / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120, name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -381,7 +381,8 @@ def test_data_cube_sampler_orders_tasks_and_samples():
 
 def test_data_cube_trains_with_absent_tasks():
     curve, _ = load("data_cube").main(flat=True, epochs=2)
-    assert all(last < first for first, last in zip(*curve, strict=True))
+    assert curve.shape == (2, 4)
+    assert (curve[1] < curve[0]).all()
 
 
 # -- feature variance -------------------------------------------------------------------------------------------------
