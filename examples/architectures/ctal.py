@@ -21,7 +21,7 @@ from torch import Tensor, nn
 SIDE = 10
 
 
-def dense_pairs(train: int = 200, test: int = 400, seed: int = 0) -> Data:
+def dense_pairs(train: int = 120, test: int = 400, seed: int = 0) -> Data:
     """Pictures N x 1 x 10 x 10; targets N x 2 x 10 x 10: class of each pixel, and brightness of the left digit."""
     rng = np.random.default_rng(seed)
     parts: list[Tensor] = []

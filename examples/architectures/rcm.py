@@ -59,7 +59,7 @@ class Network(nn.Module):
         return self.heads[task](x.flatten(1))
 
 
-def learn_banks(epochs: int = 8, seed: int = 0) -> list[nn.Conv2d]:
+def learn_banks(epochs: int = 5, seed: int = 0) -> list[nn.Conv2d]:
     """Convolutions trained to name single digits."""
     torch.manual_seed(seed)
     images, labels = digit_halves(seed)[0]

@@ -124,6 +124,7 @@ def test_without_a_radius_it_is_the_ordinary_training(name, double):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_alone(name):
     done = subprocess.run(
