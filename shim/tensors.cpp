@@ -255,7 +255,7 @@ Context::Context(const char *op, int64_t num_tasks) : op_(op) {
     workspace_.reset(std::aligned_alloc(64, bytes));
     if (!workspace_) fail(op, "no memory for a workspace of " + std::to_string(bytes) + " bytes");
   }
-  context_ = {parallel_for, &parallel_failed_, workspace_.get(), bytes};
+  context_ = {parallel_for, &parallel_failed_, workspace_.get(), bytes, FLATMTL_ACCUMULATE_AUTO};
 }
 
 flatmtl_status Context::check(flatmtl_status status, const flatmtl_error &error) const {

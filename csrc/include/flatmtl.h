@@ -21,7 +21,8 @@
  *    (environment variable FLATMTL_ISA=base|avx2|avx512|neon overrides the choice).
  *  - Results are equal bit for bit whatever the instruction set, the number of threads, and the way a vector is cut
  *    into segments; the payload of a NaN is excepted.
- *  - Inner products are accumulated in double precision. Values of FLATMTL_F32, BF16 and F16 are widened exactly.
+ *  - Values of FLATMTL_F32, BF16 and F16 are widened exactly. Squared norms are summed in double precision, Gramians of
+ *    few rows too; see flatmtl_accumulate for those of many.
  *  - Thread safety: calls on distinct buffers may run at the same time.
  */
 #ifndef FLATMTL_H
@@ -132,12 +133,19 @@ typedef void (*flatmtl_range_fn)(int64_t begin, int64_t end, void *context);
 typedef void (*flatmtl_parallel_for)(int64_t begin, int64_t end, int64_t grain, flatmtl_range_fn fn, void *context,
                                      void *host);
 
+/* How inner products are summed. auto: in F32 within blocks of 512 elements and in F64 across them, for 6 rows or more
+ * (flat rows counted) of 65536 numbers or more of F32, BF16 or F16; in F64 throughout otherwise, and where a sum in F32
+ * might have over- or underflowed. The F32 sums are fused multiply-adds in 16 chains of 32: an entry of the Gramian is
+ * off by at most 3e-6 |g_i||g_j|, and by less than 1e-8 |g_i||g_j| for rows of random numbers. In F64: 1e-14. */
+typedef enum flatmtl_accumulate { FLATMTL_ACCUMULATE_AUTO = 0, FLATMTL_ACCUMULATE_F64 = 1 } flatmtl_accumulate;
+
 /* What a call may use: threads and scratch memory. */
 typedef struct flatmtl_context {
   flatmtl_parallel_for parallel_for; /* NULL: the calling thread alone */
   void *host;                        /* handed to parallel_for */
   void *workspace;                   /* aligned to 64 bytes */
   size_t workspace_size;             /* in bytes, at least flatmtl_workspace_size(num_tasks) */
+  flatmtl_accumulate accumulate;     /* of the Gramians: 0 is auto */
 } flatmtl_context;
 
 /* Scratch bytes that are enough for every call with up to num_tasks tasks, whatever the length of the rows. */

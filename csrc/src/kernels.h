@@ -1,8 +1,10 @@
 /* kernels.h - loops over contiguous memory, one table of them an instruction set. Private.
  *
- * Numerical contract, the same for every instruction set: element p of a run belongs to lane p % 8; a lane's terms are
- * added in the order of p in double precision. Products of widened F32 numbers are exact, so that a fused multiply-add
- * has the value of a multiplication and an addition; everywhere else the two are rounded one by one.
+ * Numerical contract, the same for every instruction set: element p of a run belongs to lane p % FM_LANES; a lane's
+ * terms are added in the order of p, and the lanes at the end of the run by halves: l and l + 8, l and l + 4, and so
+ * on. In double precision, products of widened F32 numbers are exact, so that a fused multiply-add has the value of a
+ * multiplication and an addition; everywhere else the two are rounded one by one. gram_fast is made of fused
+ * multiply-adds in F32, one rounding each, on every instruction set.
  */
 #ifndef FM_KERNELS_H
 #define FM_KERNELS_H
@@ -10,27 +12,47 @@
 #include <stdint.h>
 
 enum {
-  FM_LANES = 8,   /* partial sums of one inner product */
-  FM_GROUP = 16,  /* rows handled together */
+  FM_LANES = 16,  /* partial sums of one inner product */
+  FM_GROUP = 16,  /* rows handled together, if their lanes are kept between calls */
+  FM_PANEL = 32,  /* rows handled together otherwise */
   FM_BLOCK = 512, /* elements of a run that stay in the first cache */
 };
+
+/* Memory to ask for while a kernel runs over n elements: n elements of `size` bytes from each of `rows` on. */
+typedef struct fm_ahead {
+  const char *rows[2 * FM_PANEL];
+  int32_t count;
+  int64_t size;
+} fm_ahead;
 
 /* Arrays may not overlap, and n may be any number >= 0, unless said otherwise. */
 typedef struct fm_kernels {
   const char *name;
 
-  /* sums[i][j][lane] += x_i y_j for every pair of the nx rows x and the FM_GROUP rows y, sums being
-   * [FM_GROUP][FM_GROUP][FM_LANES]; for y == NULL, of x with itself, j <= i. n is a multiple of FM_LANES. */
-  void (*gram_f32)(const float *const *x, int32_t nx, const float *const *y, int64_t n, double *sums);
-  void (*gram_f64)(const double *const *x, int32_t nx, const double *const *y, int64_t n, double *sums);
+  /* Sums of x_i y_j over a run, for every pair of the nx rows x and the ny rows y; for y == NULL, of x with itself,
+   * j <= i. ny and n are multiples of 4 and of FM_LANES. A run may take several calls: the first starts at zero, the
+   * last adds the sums to out[i][j], in between they stay in lanes [FM_GROUP][FM_GROUP][FM_LANES]. lanes is not used
+   * where a call is both first and last; otherwise nx and ny are at most FM_GROUP. Of a row of out, the columns up to
+   * the next multiple of 4 are written, those beyond i with nothing of meaning. */
+  void (*gram_f32)(const float *const *x, int32_t nx, const float *const *y, int32_t ny, int64_t n, int first, int last,
+                   double *lanes, double *const *out, const fm_ahead *ahead);
+  void (*gram_f64)(const double *const *x, int32_t nx, const double *const *y, int32_t ny, int64_t n, int first,
+                   int last, double *lanes, double *const *out, const fm_ahead *ahead);
+  /* With products and sums in F32, for runs of at most FM_BLOCK elements. */
+  void (*gram_fast)(const float *const *x, int32_t nx, const float *const *y, int32_t ny, int64_t n, int first,
+                    int last, float *lanes, double *const *out, const fm_ahead *ahead);
 
-  /* sums[lane] += ((|params| + eta) x)^2; n is a multiple of FM_LANES. */
-  void (*sq_scaled_f32)(const float *x, const float *params, double eta, int64_t n, double *sums);
-  void (*sq_scaled_f64)(const double *x, const double *params, double eta, int64_t n, double *sums);
+  /* ((|params| + eta) x)^2 over a run, as gram_f32 of one row; out is one sum. */
+  void (*sq_scaled_f32)(const float *x, const float *params, double eta, int64_t n, int first, int last, double *lanes,
+                        double *out);
+  void (*sq_scaled_f64)(const double *x, const double *params, double eta, int64_t n, int first, int last,
+                        double *lanes, double *out);
 
-  /* out = s - g */
+  /* out = s - g, widened first. out may be s. */
   void (*diff_f32)(const float *s, const float *g, int64_t n, float *out);
   void (*diff_f64)(const double *s, const double *g, int64_t n, double *out);
+  void (*diff_bf16)(const uint16_t *s, const uint16_t *g, int64_t n, float *out);
+  void (*diff_f16)(const uint16_t *s, const uint16_t *g, int64_t n, float *out);
 
   /* Exact. */
   void (*widen_bf16)(const uint16_t *x, int64_t n, float *out);

@@ -6,8 +6,13 @@
 #define FM_TABLE fm_kernels_avx2
 #define FM_ISA "avx2"
 #define FM_WIDTH 4
-#define FM_TILE_ROWS 2
+#define FM_WIDTH_F32 8
+#define FM_TILE_ROWS 3
+#define FM_TILE_ROWS_F32 3
+#define FM_REGISTERS 4, 4, 2, 1, 2, 1, 1, 1
+#define FM_REGISTERS_F32 2, 2, 2, 1, 2, 1, 1, 1
 #define FM_FMA(a, b, c) ((fm_vd)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
+#define FM_FMA_F32(a, b, c) ((fm_vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define FM_WIDEN(v) _mm256_cvtps_pd((__m128)(v))
 #define FM_NARROW(v) _mm256_cvtpd_ps((__m256d)(v))
 #include "kernels_body.h"

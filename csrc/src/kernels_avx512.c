@@ -6,8 +6,13 @@
 #define FM_TABLE fm_kernels_avx512
 #define FM_ISA "avx512"
 #define FM_WIDTH 8
+#define FM_WIDTH_F32 16
 #define FM_TILE_ROWS 4
+#define FM_TILE_ROWS_F32 4
+#define FM_REGISTERS 2, 2, 2, 2, 2, 2, 2, 1
+#define FM_REGISTERS_F32 1, 1, 1, 1, 1, 1, 1, 1
 #define FM_FMA(a, b, c) ((fm_vd)_mm512_fmadd_pd((__m512d)(a), (__m512d)(b), (__m512d)(c)))
+#define FM_FMA_F32(a, b, c) ((fm_vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FM_WIDEN(v) _mm512_cvtps_pd((__m256)(v))
 #define FM_NARROW(v) _mm512_cvtpd_ps((__m512d)(v))
 #include "kernels_body.h"

@@ -1,13 +1,15 @@
 /* kernels_body.h - the kernels, compiled once an instruction set. The including file defines
  *   FM_TABLE, FM_ISA  name of the table, and its name for users
  *   FM_WIDTH          doubles in a register
- *   FM_TILE_ROWS      rows whose inner products with 4 others fit in the registers, at most 4
- *   FM_FMA(a, b, c)   a b + c of vectors, fused or not
+ *   FM_WIDTH_F32      floats in a register
+ *   FM_TILE_ROWS, FM_TILE_ROWS_F32  rows whose inner products with 4 others fit in the registers, at most 4
+ *   FM_REGISTERS, FM_REGISTERS_F32  registers a pair, of triangles of 1 to 4 rows and of tiles of 1 to 4 rows
+ *   FM_FMA(a, b, c)   a b + c of vectors of doubles, fused or not
+ *   FM_FMA_F32(a, b, c)  a b + c of vectors of floats in one rounding
  *   FM_WIDEN(v), FM_NARROW(v)  a vector of FM_WIDTH F32 to F64, and back
  *
- * Inner products are written with vectors of FM_WIDTH lanes and sweep over the run once for every FM_WIDTH of the
- * FM_LANES lanes, so that the order of additions within a lane is the same everywhere. The rest are plain loops for the
- * compiler to vectorise.
+ * Inner products (kernels_pairs.h) and combinations are written with vectors, the rest are plain loops for the compiler
+ * to vectorise.
  */
 #include <math.h>
 #include <stddef.h>
@@ -17,118 +19,70 @@
 
 typedef double fm_vd __attribute__((vector_size(8 * FM_WIDTH)));
 typedef double fm_vd_any __attribute__((vector_size(8 * FM_WIDTH), aligned(8), may_alias));
-typedef float fm_vf_any __attribute__((vector_size(4 * FM_WIDTH), aligned(4), may_alias));
+typedef int64_t fm_vi __attribute__((vector_size(8 * FM_WIDTH)));
+typedef float fm_vh_any __attribute__((vector_size(4 * FM_WIDTH), aligned(4), may_alias));
+typedef float fm_vf __attribute__((vector_size(4 * FM_WIDTH_F32)));
+typedef float fm_vf_any __attribute__((vector_size(4 * FM_WIDTH_F32), aligned(4), may_alias));
 
 #define FM_INLINE static inline __attribute__((always_inline))
 
 FM_INLINE fm_vd load_f32(const float *p) {
-  const fm_vf_any v = *(const fm_vf_any *)p;
+  const fm_vh_any v = *(const fm_vh_any *)p;
   return (fm_vd)FM_WIDEN(v);
 }
 FM_INLINE fm_vd load_f64(const double *p) {
   return *(const fm_vd_any *)p;
 }
 FM_INLINE void store_f32(float *p, fm_vd v) {
-  *(fm_vf_any *)p = (fm_vf_any)FM_NARROW(v);
+  *(fm_vh_any *)p = (fm_vh_any)FM_NARROW(v);
 }
 FM_INLINE void store_f64(double *p, fm_vd v) {
   *(fm_vd_any *)p = v;
 }
 
-/* How far ahead a row is asked from memory, in bytes: the blocks of one row are too short for the hardware to foresee
- * the next. Every row is in one triangle, so asking there is enough. */
-enum { FM_AHEAD = 2048 };
+FM_INLINE fm_vf load_fast(const float *p) {
+  return *(const fm_vf_any *)p;
+}
 
 #define FM_MUL_ADD(a, b, c) ((a) * (b) + (c))
-#define FM_SUM(i, j) (sums + ((i)*FM_GROUP + (j)) * FM_LANES + lane)
-#define FM_UNROLL _Pragma("GCC unroll 4")
 
-/* NX rows of x with 4 rows of y. */
-#define FM_DEFINE_TILE(NAME, TYPE, LOAD, MULADD, NX)                                                                   \
-  static void NAME(const TYPE *const *x, const TYPE *const *y, int64_t n, double *sums) {                              \
-    for (int lane = 0; lane < FM_LANES; lane += FM_WIDTH) {                                                            \
-      fm_vd acc[NX][4];                                                                                                \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j < 4; j++) acc[i][j] = load_f64(FM_SUM(i, j)); \
-      for (int64_t p = lane; p < n; p += FM_LANES) {                                                                   \
-        fm_vd a[NX];                                                                                                   \
-        FM_UNROLL for (int i = 0; i < NX; i++) a[i] = LOAD(x[i] + p);                                                  \
-        FM_UNROLL for (int j = 0; j < 4; j++) {                                                                        \
-          const fm_vd b = LOAD(y[j] + p);                                                                              \
-          FM_UNROLL for (int i = 0; i < NX; i++) acc[i][j] = MULADD(a[i], b, acc[i][j]);                               \
-        }                                                                                                              \
-      }                                                                                                                \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j < 4; j++) * (fm_vd_any *)FM_SUM(i, j) =       \
-          acc[i][j];                                                                                                   \
-    }                                                                                                                  \
+#ifdef FM_EMULATE_FMA
+/* A fused multiply-add by double precision: the product of two F32 is exact there; the sum is rounded to odd, after
+ * which the rounding to F32 has the value of a single one. */
+FM_INLINE fm_vf fma_f32(fm_vf a, fm_vf b, fm_vf c) {
+  fm_vf out;
+  for (int half = 0; half < FM_WIDTH_F32; half += FM_WIDTH) {
+    fm_vd x, y, z;
+    for (int l = 0; l < FM_WIDTH; l++) x[l] = a[half + l], y[l] = b[half + l], z[l] = c[half + l];
+    const fm_vd product = x * y, sum = product + z;
+    const fm_vd back = sum - product, error = (product - (sum - back)) + (z - back);
+    /* -1 where true. NaN compares false: Inf and NaN stay as they are. */
+    const fm_vi up = (fm_vi)(error > 0.0), down = (fm_vi)(error < 0.0), negative = (fm_vi)(sum < 0.0);
+    const fm_vi even = ((fm_vi)sum & 1) - 1, away = ((down - up) ^ negative) - negative;
+    const fm_vd odd = (fm_vd)((fm_vi)sum + (away & even));
+    for (int l = 0; l < FM_WIDTH; l++) out[half + l] = (float)odd[l];
   }
+  return out;
+}
+#endif
 
-/* NX rows of x with themselves: the lower triangle. */
-#define FM_DEFINE_TRIANGLE(NAME, TYPE, LOAD, MULADD, NX)                                                               \
-  static void NAME(const TYPE *const *x, int64_t n, double *sums) {                                                    \
-    for (int lane = 0; lane < FM_LANES; lane += FM_WIDTH) {                                                            \
-      fm_vd acc[NX][NX];                                                                                               \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                        \
-          load_f64(FM_SUM(i, j));                                                                                      \
-      for (int64_t p = lane; p < n; p += FM_LANES) {                                                                   \
-        fm_vd a[NX];                                                                                                   \
-        if (lane == 0) FM_UNROLL for (int i = 0; i < NX; i++) __builtin_prefetch((const char *)(x[i] + p) + FM_AHEAD); \
-        FM_UNROLL for (int i = 0; i < NX; i++) a[i] = LOAD(x[i] + p);                                                  \
-        FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) acc[i][j] =                      \
-            MULADD(a[i], a[j], acc[i][j]);                                                                             \
-      }                                                                                                                \
-      FM_UNROLL for (int i = 0; i < NX; i++) FM_UNROLL for (int j = 0; j <= i; j++) * (fm_vd_any *)FM_SUM(i, j) =      \
-          acc[i][j];                                                                                                   \
-    }                                                                                                                  \
-  }
-
-/* All pairs, by tiles of up to FM_TILE_ROWS x 4. */
-#define FM_DEFINE_GRAM(T, TYPE, LOAD, MULADD)                                                                  \
-  FM_DEFINE_TILE(tile1_##T, TYPE, LOAD, MULADD, 1)                                                             \
-  FM_DEFINE_TILE(tile2_##T, TYPE, LOAD, MULADD, 2)                                                             \
-  FM_DEFINE_TILE(tile3_##T, TYPE, LOAD, MULADD, 3)                                                             \
-  FM_DEFINE_TILE(tile4_##T, TYPE, LOAD, MULADD, 4)                                                             \
-  FM_DEFINE_TRIANGLE(triangle1_##T, TYPE, LOAD, MULADD, 1)                                                     \
-  FM_DEFINE_TRIANGLE(triangle2_##T, TYPE, LOAD, MULADD, 2)                                                     \
-  FM_DEFINE_TRIANGLE(triangle3_##T, TYPE, LOAD, MULADD, 3)                                                     \
-  FM_DEFINE_TRIANGLE(triangle4_##T, TYPE, LOAD, MULADD, 4)                                                     \
-  static void strip_##T(const TYPE *const *x, int32_t nx, const TYPE *const *y, int64_t n, double *sums) {     \
-    static void (*const tiles[])(const TYPE *const *, const TYPE *const *, int64_t, double *) = {              \
-        tile1_##T, tile2_##T, tile3_##T, tile4_##T};                                                           \
-    for (int32_t i = 0; i < nx; i += FM_TILE_ROWS) {                                                           \
-      const int32_t rows = nx - i < FM_TILE_ROWS ? nx - i : FM_TILE_ROWS;                                      \
-      tiles[rows - 1](x + i, y, n, sums + (ptrdiff_t)i * FM_GROUP * FM_LANES);                                 \
-    }                                                                                                          \
-  }                                                                                                            \
-  static void gram_##T(const TYPE *const *x, int32_t nx, const TYPE *const *y, int64_t n, double *sums) {      \
-    static void (*const triangles[])(const TYPE *const *, int64_t, double *) = {triangle1_##T, triangle2_##T,  \
-                                                                                triangle3_##T, triangle4_##T}; \
-    for (int32_t i = 0; i < nx; i += 4) {                                                                      \
-      const int32_t rows = nx - i < 4 ? nx - i : 4;                                                            \
-      double *out = sums + (ptrdiff_t)i * FM_GROUP * FM_LANES;                                                 \
-      for (int32_t j = 0; j < (y ? FM_GROUP : i); j += 4)                                                      \
-        strip_##T(x + i, rows, (y ? y : x) + j, n, out + (ptrdiff_t)j * FM_LANES);                             \
-      if (!y) triangles[rows - 1](x + i, n, out + (ptrdiff_t)i * FM_LANES);                                    \
-    }                                                                                                          \
-  }
-
-FM_DEFINE_GRAM(f32, float, load_f32, FM_FMA)
-FM_DEFINE_GRAM(f64, double, load_f64, FM_MUL_ADD)
+#include "kernels_pairs.h"
 
 /* One body for both precisions of the rows; all arithmetic but diff's in double. */
 #define FM_DEFINE_LOOPS(T, TYPE)                                                                                \
-  static void sq_scaled_##T(const TYPE *restrict x, const TYPE *restrict params, double eta, int64_t n,         \
-                            double *restrict sums) {                                                            \
-    double acc[FM_LANES];                                                                                       \
-    memcpy(acc, sums, sizeof acc);                                                                              \
-    for (int64_t p = 0; p < n; p += FM_LANES)                                                                   \
-      for (int lane = 0; lane < FM_LANES; lane++) {                                                             \
-        const double v = (fabs((double)params[p + lane]) + eta) * (double)x[p + lane];                          \
-        acc[lane] += v * v;                                                                                     \
+  static void sq_scaled_##T(const TYPE *x, const TYPE *params, double eta, int64_t n, int first, int last,      \
+                            double *lanes, double *out) {                                                       \
+    fm_vd acc[FM_LANES / FM_WIDTH];                                                                             \
+    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) acc[v] =                                            \
+        first ? (fm_vd){0} : load_f64(lanes + v * FM_WIDTH);                                                    \
+    for (int64_t p = 0; p < n; p += FM_LANES) FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) {         \
+        fm_vd t = load_##T(params + p + v * FM_WIDTH);                                                          \
+        t = (fm_vd)((fm_vi)t & ~((fm_vi){0} + INT64_MIN)) + eta;                                                \
+        const fm_vd value = t * load_##T(x + p + v * FM_WIDTH);                                                 \
+        acc[v] += value * value;                                                                                \
       }                                                                                                         \
-    memcpy(sums, acc, sizeof acc);                                                                              \
-  }                                                                                                             \
-  static void diff_##T(const TYPE *restrict s, const TYPE *restrict g, int64_t n, TYPE *restrict out) {         \
-    for (int64_t p = 0; p < n; p++) out[p] = s[p] - g[p];                                                       \
+    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) store_f64(lanes + v * FM_WIDTH, acc[v]);            \
+    if (last) close_f64(lanes, out, 1);                                                                         \
   }                                                                                                             \
   static void add_##T(const TYPE *restrict g, const TYPE *restrict s, double a, double b, int first, int64_t n, \
                       double *restrict sum) {                                                                   \
@@ -211,18 +165,41 @@ FM_INLINE uint32_t as_bits(float value) {
   return bits;
 }
 
+FM_INLINE float from_bf16(uint16_t x) {
+  return as_float((uint32_t)x << 16);
+}
+
+FM_INLINE float from_f16(uint16_t x) {
+  const uint32_t sign = (uint32_t)(x & 0x8000u) << 16, body = (uint32_t)(x & 0x7fffu) << 13;
+  const uint32_t normal = body + (body >= (31u << 23) ? 224u << 23 : 112u << 23);       /* Inf, NaN: exponent 255 */
+  const uint32_t small = as_bits(as_float(body + (113u << 23)) - as_float(113u << 23)); /* subnormal: exact */
+  return as_float(sign | (body < (1u << 23) ? small : normal));
+}
+
 static void widen_bf16(const uint16_t *restrict x, int64_t n, float *restrict out) {
-  for (int64_t p = 0; p < n; p++) out[p] = as_float((uint32_t)x[p] << 16);
+  for (int64_t p = 0; p < n; p++) out[p] = from_bf16(x[p]);
 }
 
 static void widen_f16(const uint16_t *restrict x, int64_t n, float *restrict out) {
-  for (int64_t p = 0; p < n; p++) {
-    const uint32_t sign = (uint32_t)(x[p] & 0x8000u) << 16, body = (uint32_t)(x[p] & 0x7fffu) << 13;
-    const uint32_t normal = body + (body >= (31u << 23) ? 224u << 23 : 112u << 23);       /* Inf, NaN: exponent 255 */
-    const uint32_t small = as_bits(as_float(body + (113u << 23)) - as_float(113u << 23)); /* subnormal: exact */
-    out[p] = as_float(sign | (body < (1u << 23) ? small : normal));
-  }
+  for (int64_t p = 0; p < n; p++) out[p] = from_f16(x[p]);
 }
+
+/* out may be s. */
+#define FM_DEFINE_DIFF(NAME, TYPE, OUT, WIDE)                                        \
+  static void NAME(const TYPE *s, const TYPE *g, int64_t n, OUT *out) {              \
+    int64_t p = 0;                                                                   \
+    for (; p + FM_LANES <= n; p += FM_LANES) {                                       \
+      OUT piece[FM_LANES];                                                           \
+      for (int l = 0; l < FM_LANES; l++) piece[l] = WIDE(s[p + l]) - WIDE(g[p + l]); \
+      memcpy(out + p, piece, sizeof piece);                                          \
+    }                                                                                \
+    for (; p < n; p++) out[p] = WIDE(s[p]) - WIDE(g[p]);                             \
+  }
+
+FM_DEFINE_DIFF(diff_f32, float, float, )
+FM_DEFINE_DIFF(diff_f64, double, double, )
+FM_DEFINE_DIFF(diff_bf16, uint16_t, float, from_bf16)
+FM_DEFINE_DIFF(diff_f16, uint16_t, float, from_f16)
 
 static void round_f32(const double *restrict x, int64_t n, float *restrict out) {
   for (int64_t p = 0; p < n; p++) out[p] = (float)x[p];
@@ -257,9 +234,9 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
   }
 }
 
-static const fm_kernels table = {FM_ISA,     gram_f32,    gram_f64,    sq_scaled_f32, sq_scaled_f64,
-                                 diff_f32,   diff_f64,    widen_bf16,  widen_f16,     round_f32,
-                                 round_bf16, round_f16,   combine_f32, combine_f64,   add_f32,
-                                 add_f64,    perturb_f32, perturb_f64, perturb_wide};
+static const fm_kernels table = {FM_ISA,    gram_f32,    gram_f64,    gram_fast,   sq_scaled_f32, sq_scaled_f64,
+                                 diff_f32,  diff_f64,    diff_bf16,   diff_f16,    widen_bf16,    widen_f16,
+                                 round_f32, round_bf16,  round_f16,   combine_f32, combine_f64,   add_f32,
+                                 add_f64,   perturb_f32, perturb_f64, perturb_wide};
 
 const fm_kernels *const FM_TABLE = &table;

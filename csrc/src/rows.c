@@ -89,6 +89,8 @@ flatmtl_status fm_check_context(const flatmtl_context *context, int32_t num_task
   if ((uintptr_t)context->workspace % 64 != 0) return fm_fail(error, FLATMTL_ERROR_SIZE, "workspace", -1, -1, NAN);
   if (context->workspace_size < need)
     return fm_fail(error, FLATMTL_ERROR_SIZE, "workspace_size", -1, -1, (double)context->workspace_size);
+  if (context->accumulate != FLATMTL_ACCUMULATE_AUTO && context->accumulate != FLATMTL_ACCUMULATE_F64)
+    return fm_fail(error, FLATMTL_ERROR_NAME, "accumulate", -1, -1, (double)(int)context->accumulate);
   return FLATMTL_OK;
 }
 
