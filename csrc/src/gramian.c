@@ -20,7 +20,7 @@
 
 enum {
   FM_FAST_ROWS = 6,           /* F32 from so many rows on: below, F64 is as fast as memory */
-  FM_FAST_LENGTH = 64 * 1024, /* and from this length on: its rounding errors need company to average out */
+  FM_FAST_LENGTH = 96 * 1024, /* and from this length on: its rounding errors need company to average out */
 };
 
 /* Squared norms below this are not left to F32: 2^32 terms lost to underflow, at most 2^-126 each, are then below 2^-30

@@ -48,28 +48,27 @@
     (void)y;                                                                                               \
   }
 
-typedef float fm_v4f __attribute__((vector_size(16)));
+typedef double fm_v4d __attribute__((vector_size(32)));
 typedef double fm_v4d_any __attribute__((vector_size(32), aligned(8), may_alias));
 typedef float fm_v4f_any __attribute__((vector_size(16), aligned(4), may_alias));
 
 #if defined(__clang__) || __GNUC__ >= 12
 #define FM_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
-typedef int32_t fm_v4i __attribute__((vector_size(16)));
+typedef int64_t fm_v4i __attribute__((vector_size(32)));
 #define FM_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (fm_v4i){i, j, k, l})
 #endif
 
-/* out[0 .. 3] += the sums of 4 pairs' lanes: halves onto each other until one is left, then to double. */
+/* out[0 .. 3] += the sums of 4 pairs' lanes: l and l + 8, then l and l + 4, in F32; the rest in F64. */
 FM_INLINE void close_f32(const float *lanes, double *out) {
-  fm_v4f v[4];
+  fm_v4d v[4];
   FM_UNROLL for (int j = 0; j < 4; j++) {
     const fm_v4f_any *q = (const fm_v4f_any *)(lanes + j * FM_LANES);
-    v[j] = (q[0] + q[2]) + (q[1] + q[3]);
+    v[j] = __builtin_convertvector((q[0] + q[2]) + (q[1] + q[3]), fm_v4d);
   }
-  const fm_v4f low = FM_SHUFFLE(v[0], v[1], 0, 4, 1, 5) + FM_SHUFFLE(v[0], v[1], 2, 6, 3, 7);
-  const fm_v4f high = FM_SHUFFLE(v[2], v[3], 0, 4, 1, 5) + FM_SHUFFLE(v[2], v[3], 2, 6, 3, 7);
-  const fm_v4f sum = FM_SHUFFLE(low, high, 0, 1, 4, 5) + FM_SHUFFLE(low, high, 2, 3, 6, 7);
-  *(fm_v4d_any *)out += __builtin_convertvector(sum, fm_v4d_any);
+  const fm_v4d low = FM_SHUFFLE(v[0], v[1], 0, 4, 2, 6) + FM_SHUFFLE(v[0], v[1], 1, 5, 3, 7);
+  const fm_v4d high = FM_SHUFFLE(v[2], v[3], 0, 4, 2, 6) + FM_SHUFFLE(v[2], v[3], 1, 5, 3, 7);
+  *(fm_v4d_any *)out += FM_SHUFFLE(low, high, 0, 1, 4, 5) + FM_SHUFFLE(low, high, 2, 3, 6, 7);
 }
 
 FM_INLINE void close_f64(const double *lanes, double *out, int count) {

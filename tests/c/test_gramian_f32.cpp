@@ -11,7 +11,7 @@ extern "C" {
 
 namespace {
 
-enum { LONG = 65536 + 4096 + 37 };
+enum { LONG = 98304 + 37 };
 
 std::vector<double> gramian(const Rows &rows, int threads = 1, flatmtl_accumulate accumulate = FLATMTL_ACCUMULATE_AUTO,
                             flatmtl_status expected = FLATMTL_OK) {
@@ -38,7 +38,8 @@ void scale_row(Rows &rows, int32_t row, double factor) {
 
 }  // namespace
 
-TEST_CASE("Random rows: F32 within blocks is within 1e-8, F64 within 1e-13, of sums in long double") {
+TEST_CASE(
+    "Random rows: F32 within blocks is within 1e-8 (half precision: 1e-7), F64 within 1e-13, of sums in long double") {
   for (auto dtype : {FLATMTL_F32, FLATMTL_BF16, FLATMTL_F16}) {
     const int32_t k = 7;
     Rows rows(dtype, k, {LONG});
@@ -51,7 +52,8 @@ TEST_CASE("Random rows: F32 within blocks is within 1e-8, F64 within 1e-13, of s
         exact[i * k + j] = exact[j * k + i] = static_cast<double>(sum);
       }
     const auto fast = gramian(rows), slow = gramian(rows, 1, FLATMTL_ACCUMULATE_F64);
-    REQUIRE(distance(fast, exact, k) <= 1e-8);
+    CAPTURE(static_cast<int>(dtype));
+    REQUIRE(distance(fast, exact, k) <= (dtype == FLATMTL_F32 ? 1e-8 : 1e-7));
     REQUIRE(distance(fast, exact, k) > 1e-13);  // it is F32
     REQUIRE(distance(slow, exact, k) <= 1e-13);
   }
@@ -158,7 +160,7 @@ TEST_CASE("Where F32 over- or underflows, F64 takes over") {
     }
   }
   SECTION("a row of one small number") {
-    for (int64_t p = 0; p < LONG; p++) rows.set(1, p, p == 69000 ? 1e-30 : 0.0);
+    for (int64_t p = 0; p < LONG; p++) rows.set(1, p, p == 98000 ? 1e-30 : 0.0);
     const auto result = gramian(rows, 3);
     REQUIRE(result == f64());
     REQUIRE(result[k + 1] > 0.0);
@@ -180,9 +182,9 @@ TEST_CASE("Inf and NaN in long rows are reported, and other rows keep their valu
       s.fill(7);
       const uint16_t half = std::isnan(bad) ? 0x7fc0 : 0x7f80;
       if (dtype == FLATMTL_BF16)
-        std::memcpy(s.at(5, 65000), &half, 2);
+        std::memcpy(s.at(5, 98001), &half, 2);
       else
-        s.set(5, 65000, bad);
+        s.set(5, 98001, bad);
       const auto gr = g.rows(), sr = s.rows();
       Context context(k, 2);
       std::vector<double> result(4 * k * k);
