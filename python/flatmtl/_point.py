@@ -48,6 +48,10 @@ class Point:
         if self.moved or self._now() != self._versions:
             self.arithmetic.copy_(self.tensors, self.saved)
 
+    def accept(self) -> None:
+        """The parameters' values are right as they are now: after the wrapped optimizer's update."""
+        self._versions = self._now()
+
     def check_unchanged(self) -> None:
         """Raises if somebody else wrote to a parameter since the last `move` or `restore`."""
         for p, before, now in zip(self.params, self._versions, self._now(), strict=True):

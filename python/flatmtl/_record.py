@@ -25,6 +25,7 @@ def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, s
         values = [math.nan if s.perturbed_loss is None else float(s.perturbed_loss) for s in step.present]
         record["perturbed_losses"] = _spread(values, at, total)
         record["sharpness"] = record["perturbed_losses"] - record["losses"]
+    record["loss_weights"] = _spread([step.factor(k) for k in range(count)], at, total)
     if step.shared and count:
         families = [("loss", pair[:count, :count], weights_loss)]
         if flat:
@@ -59,6 +60,7 @@ def _empty(step: Step) -> dict[str, Any]:
         "losses": _spread([float(step.tasks[i].loss) for i in with_loss], with_loss, total),  # type: ignore[arg-type]
         "perturbed_losses": undefined(total),
         "sharpness": undefined(total),
+        "loss_weights": undefined(total),
         "norms_loss": undefined(total),
         "norms_flat": undefined(total),
         "cosine_loss": undefined(total, total),

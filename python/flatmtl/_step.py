@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _featured, _ops, _record
+from . import _featured, _ops, _record, _weighting
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
@@ -28,6 +28,7 @@ from ._task import Parameter, TaskState, check_losses, check_square
 if TYPE_CHECKING:
     from .aggregators import Aggregator
     from .flatness import Flatness
+    from .weightings import Weighting
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Settings:
     """Options of the step; see `FlatMTL`."""
 
     aggregator: Aggregator
+    weighting: Weighting | None
     flat: Flatness
     adaptive: bool
     eta: float
@@ -66,7 +68,7 @@ class Step:
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
         self.buffers, self.interrupt = buffers, interrupt
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
-        self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine)
+        self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine) and not settings.weighting
         self.featured = settings.features is not None and not settings.flat.needs_features
         if settings.features is not None and not isinstance(self.sync, Alone):
             raise ValueError("features= works in one process: the ranks' features are not the same (sync=)")
@@ -176,6 +178,7 @@ class Step:
             if absent:
                 continue
             self.present.append(state)
+        self.factors = _weighting.factors(self)
 
     # -- what flatness modes use -----------------------------------------------------------------------------------
 
@@ -239,7 +242,11 @@ class Step:
         nan = torch.full((count,), math.nan, dtype=torch.float64)
         pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
         a, b, status = nan, nan, torch.zeros(2, dtype=torch.int64)
-        c = torch.ones(count, dtype=torch.float64) if self.factors is None else torch.tensor(self.factors).double()
+        c = (
+            torch.ones(count, dtype=torch.float64)
+            if self.factors is None
+            else torch.tensor(self.factors, dtype=torch.float64)
+        )
         p, q = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
         if count:
             pair, direct = self._gramians(loss_rows, perturbed_rows)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ops, _record
+from . import _ops, _record, _weighting
 from ._features import read_modules
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
@@ -23,6 +23,7 @@ from ._sync import Alone, connect
 from ._task import NonFiniteError, Parameter
 from .aggregators import Aggregator, get_aggregator
 from .flatness import Flatness, get_flatness
+from .weightings import Weighting, get_weighting
 
 _STATE_VERSION = 1
 _HOOKS = (
@@ -57,6 +58,9 @@ class FlatMTL(Optimizer):
     Args:
         optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's.
         aggregator: a name (``"cagrad"``) or an object (``flatmtl.CAGrad(c=0.4)``).
+        weighting: a loss weighting in front of the aggregator, a name (``"uw"``) or an object of
+            :mod:`flatmtl.weightings`: the step is that of the losses :math:`c_i l_i` with :math:`c` held constant, for
+            shared and own parameters and both families. Alone with ``aggregator="sum"``.
         flat: where the perturbed gradients are taken: a name (``"fmtl"``, ``"sam"`` ...) or an object of
             :mod:`flatmtl.flatness`.
         every: makes the perturbed passes every so many steps and reuses flat gradients in between; the option of that
@@ -106,6 +110,7 @@ class FlatMTL(Optimizer):
         optimizer: Optimizer,
         *,
         aggregator: str | Aggregator = "cagrad",
+        weighting: str | Weighting | None = None,
         flat: str | Flatness = "fmtl",
         every: int | None = None,
         rho: float | tuple[float, float] = 0.05,
@@ -150,10 +155,15 @@ class FlatMTL(Optimizer):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
         if sync == "local" and mode.has_state:
             raise ValueError(f"sync='local': flatness mode {mode!r} keeps gradients of whole steps")
+        weighting = None if weighting is None else get_weighting(weighting)
+        if sync == "local" and weighting is not None and weighting.observes:
+            raise ValueError(
+                f"sync='local': weighting {weighting!r} learns from losses that only \"exact\" makes equal"
+            )
         if m_sharpness and mode.has_state:
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
-            get_aggregator(aggregator), mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
+            get_aggregator(aggregator), weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
             max_norm, self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
@@ -165,6 +175,7 @@ class FlatMTL(Optimizer):
         self.states: dict[str, Any] = {}
         self.steps = 0
         self.last: dict[str, Any] = {}
+        self._after_update: _weighting.Observation | None = None
         self.optimizer = optimizer
         optimizer.defaults.setdefault("rho", rho)
         for group in optimizer.param_groups:
@@ -261,12 +272,12 @@ class FlatMTL(Optimizer):
         if closure is None:
             if batches is not None:
                 raise TypeError("batches are given without a closure that takes them")
-            with HeldInterrupt():
-                return self._apply()
+            with HeldInterrupt() as interrupt:
+                return self._apply(interrupt)
         with HeldInterrupt() as interrupt:
             losses = self._backward(closure, batches, None, interrupt)
             if not self.last["skipped"]:
-                self._apply()
+                self._apply(interrupt)
         return losses
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -330,6 +341,7 @@ class FlatMTL(Optimizer):
             p.tensor.grad = update if known else old  # a parameter that no loss ever reached is left alone
         self.roles.of = step.new_roles
         self.states = step.new_states
+        self._after_update = _weighting.observation(step)
         self.tasks = [state.task for state in step.tasks]
         self.last = step.record
         self.steps += 1
@@ -337,15 +349,17 @@ class FlatMTL(Optimizer):
 
     def _skip(self, step: Step, scaled: bool) -> None:
         self.last = _record.skipped(step)
+        self._after_update = None
         if scaled:
             step.overflow()
         else:
             for p in step.params:
                 p.tensor.grad = None
 
-    def _apply(self) -> Any:
+    def _apply(self, interrupt: HeldInterrupt) -> Any:
+        observe, self._after_update = self._after_update, None
         try:
-            return self.optimizer.step()
+            result = self.optimizer.step()
         except BaseException as error:
             noted(
                 error,
@@ -353,6 +367,10 @@ class FlatMTL(Optimizer):
                 "in part",
             )
             raise
+        if observe is not None:
+            with (self._ranks or Alone()).step():
+                self.states = observe(self.states, interrupt)
+        return result
 
     def _parameters(self) -> list[Parameter]:
         found: list[Parameter] = []
@@ -414,6 +432,7 @@ class FlatMTL(Optimizer):
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
         self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
+        self._after_update = None
         self.roles.of, self.states = {}, {}
         if own is not None:
             self.steps, self.settings.seed = own["steps"], own["seed"]
@@ -448,11 +467,13 @@ class FlatMTL(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in _HOOKS and k != "step"}  # schedulers patch step
+        left_out = (*_HOOKS, "step", "_after_update")  # schedulers patch step
+        state = {k: v for k, v in self.__dict__.items() if k not in left_out}
         return {**state, "_ranks": None, "process_group": None}  # a process group cannot be pickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._after_update = None
         for hooks in _HOOKS:
             self.__dict__.setdefault(hooks, OrderedDict())
         self._patch_step_function()
@@ -460,7 +481,8 @@ class FlatMTL(Optimizer):
     def __repr__(self) -> str:
         s = self.settings
         return (
-            f"FlatMTL(aggregator={s.aggregator!r}, flat={s.flat!r}, adaptive={s.adaptive}, eta={s.eta}, norm={s.norm!r}, "
+            f"FlatMTL(aggregator={s.aggregator!r}, weighting={s.weighting!r}, flat={s.flat!r}, adaptive={s.adaptive}, "
+            f"eta={s.eta}, norm={s.norm!r}, "
             f"combine={s.combine!r}, family_scale={s.family_scale!r}, seed={s.seed},\n{self.optimizer!r})"
         )
 

@@ -36,6 +36,25 @@ class Weighting:
     needs_norms: ClassVar[bool] = False
     #: Whether it learns from the losses after the update, of the same batch: one forward more a step.
     observes: ClassVar[bool] = False
+    #: Which losses it is defined for: "" (all), ">= 0" or "> 0".
+    domain: ClassVar[str] = ""
+
+    def check_loss(self, loss: float, index: int, task: Any) -> None:
+        """Raises ValueError, which names the task, for a loss that the method is not defined for."""
+        if (self.domain == "> 0" and not loss > 0.0) or (self.domain == ">= 0" and not loss >= 0.0):
+            raise ValueError(
+                f"weighting {self.name!r} needs losses {self.domain}, but that of task {task!r} is {loss}; nothing was "
+                "changed"
+            )
+
+    def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
+        """Raises ValueError where a loaded state does not fit the number of tasks."""
+        expected, values = self.fresh_state(num_tasks), state.get("values")
+        if not isinstance(values, Tensor) or values.shape != expected.shape or values.dtype != expected.dtype:
+            raise ValueError(
+                f"state_dict holds a state of weighting {self.name!r} that is not {len(expected)} float64 numbers, for "
+                f"{num_tasks} tasks"
+            )
 
     @property
     def number(self) -> int:
@@ -181,6 +200,7 @@ class DWA(Weighting):
     epoch: int = 25
 
     name = "dwa"
+    domain = ">= 0"
 
     def __post_init__(self) -> None:
         self._positive("temperature")
@@ -219,6 +239,7 @@ class SI(Weighting):
     """
 
     name = "si"
+    domain = "> 0"
 
 
 @dataclass(frozen=True)
@@ -231,6 +252,7 @@ class GLS(Weighting):
     """
 
     name = "gls"
+    domain = "> 0"
 
 
 @dataclass(frozen=True)
@@ -251,6 +273,7 @@ class STCH(Weighting):
     warmup: int = 4
 
     name = "stch"
+    domain = "> 0"
 
     def __post_init__(self) -> None:
         self._positive("mu")
@@ -274,6 +297,7 @@ class IMTLL(Weighting):
     lr: float = 0.001
 
     name = "imtl_l"
+    domain = "> 0"
 
     def __post_init__(self) -> None:
         self._positive("lr")
@@ -312,6 +336,14 @@ class FAMO(Weighting):
                 if not math.isfinite(m):
                     raise ValueError(f"FAMO: min_losses[{i}] is {m}; it must be finite")
 
+    def check_loss(self, loss: float, index: int, task: Any) -> None:
+        floor = 0.0 if self.min_losses is None else self.min_losses[index]
+        if not loss - floor > 0.0:
+            raise ValueError(
+                f"weighting 'famo' needs losses above their lower bound, but that of task {task!r} is {loss}, its bound "
+                f"{floor} (min_losses); nothing was changed"
+            )
+
     def option_values(
         self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
     ) -> list[float]:
@@ -343,6 +375,7 @@ class GradNorm(Weighting):
     lr: float = 0.025
 
     name = "gradnorm"
+    domain = "> 0"
     needs_norms = True
 
     def __post_init__(self) -> None:
@@ -368,6 +401,7 @@ class GO4Align(Weighting):
     groups: int = 1
 
     name = "go4align"
+    domain = "> 0"
 
     def __post_init__(self) -> None:
         self._finite("eta")
@@ -435,6 +469,7 @@ class EMTL(Weighting):
     strength: float = 1.0
 
     name = "emtl"
+    domain = "> 0"
     needs_norms = True
 
     def __post_init__(self) -> None:

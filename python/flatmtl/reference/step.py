@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .aggregators import weights
+from .weightings import Weighting
 
 Rows = Tensor | Sequence[Sequence[Tensor]]  # K x P, or K sequences of tensors
 Solver = Callable[[Tensor], Tensor]  # weights from a Gramian
@@ -124,6 +125,7 @@ class FlatMTL:
     Args:
         aggregator: a name, or a function from a (K, K) Gramian to K weights.
         options: of the aggregator, for example {"c": 0.2}.
+        weighting: a :class:`Weighting`; the step is then that of the losses c_i l_i with c held constant.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class FlatMTL:
         *,
         aggregator: str | Solver = "cagrad",
         options: dict[str, Any] | None = None,
+        weighting: Weighting | None = None,
         rho: float | tuple[float, float] = 0.05,
         adaptive: bool = False,
         eta: float = 0.0,
@@ -152,6 +155,7 @@ class FlatMTL:
         self.aggregator, self.options = aggregator, dict(options or {})
         if aggregator == "pcgrad":
             self.options.setdefault("seed", seed)
+        self.weighting = weighting
         self.rho_shared, self.rho_task = rho if isinstance(rho, tuple) else (rho, rho)
         self.adaptive, self.eta, self.norm = adaptive, eta, norm
         self.combine, self.family_scale = combine, family_scale
@@ -161,8 +165,16 @@ class FlatMTL:
 
     def step(self, closure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         """`backward(closure)`, then the wrapped optimizer's step. Returns the losses at the unperturbed point."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        random = _random_state(params)
         losses = self.backward(closure)
         self.optimizer.step()
+        if self.weighting is not None and self.weighting.name == "famo":
+            after = _random_state(params)
+            _set_random_state(random)
+            with _batch_norm_kept(), torch.no_grad():
+                self.weighting.observe([float(loss) for loss in losses], [float(loss) for loss in closure()])
+            _set_random_state(after)
         return losses
 
     def backward(self, closure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
@@ -185,10 +197,15 @@ class FlatMTL:
         g = [[grads[p] if p in grads else torch.zeros_like(p) for p in theta] for grads in reached]
         h = [[grads[p] for p in psi] for grads, psi in zip(reached, own, strict=True)]
         del reached
+        c = [1.0] * len(losses)
+        if self.weighting is not None:
+            norms = gramian(g).diagonal().sqrt().tolist()
+            c = self.weighting([float(loss) for loss in losses], norms, draw=self.steps)
         calls = _Calls(self.aggregator, self.family_scale, self.steps, self.options)
         self.steps += 1
         if self.rho_shared == self.rho_task == 0:
-            update, own_updates = combine(g, calls(gramian(g))), h
+            g, own_updates = _times(c, g), _times(c, h)
+            update = combine(g, calls(gramian(g)))
         else:
             s, own_updates = [], []
             for i, psi in enumerate(own):
@@ -199,6 +216,7 @@ class FlatMTL:
                 s.append(grads[: len(theta)])
                 own_updates.append(grads[len(theta) :])
             _set_random_state(after)
+            g, s, own_updates = _times(c, g), _times(c, s), _times(c, own_updates)
             update = self._combine(g, s, calls) if theta else []
 
         for p in params:
@@ -249,6 +267,10 @@ class FlatMTL:
         pair = [combine(g, calls(gramian(g))), combine(f, calls(gramian(f)))]
         both = calls(gramian(pair), pair=True) if self.combine == "second" else torch.ones(2)
         return combine(pair, both)
+
+
+def _times(c: Sequence[float], rows: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[c_i * x for x in row] for c_i, row in zip(c, rows, strict=True)]
 
 
 @contextmanager
