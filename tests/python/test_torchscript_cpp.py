@@ -12,7 +12,7 @@ from models import equal, values
 from torch import Tensor, nn
 from trainer import batches, make_trainer
 
-SOURCE = Path(__file__).resolve().parents[1] / "torchscript"
+SOURCE = Path(__file__).resolve().parents[1] / "libtorch"
 
 pytestmark = pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
 
@@ -43,9 +43,9 @@ def run(*command, ok=True):
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    build = tmp_path_factory.mktemp("torchscript")
+    build = tmp_path_factory.mktemp("libtorch")
     run("cmake", "-S", SOURCE, "-B", build, f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}")
-    run("cmake", "--build", build)
+    run("cmake", "--build", build, "--target", "train")
     return build / "train"
 
 
