@@ -82,15 +82,41 @@ Tensor sq_norms(const Tensors &rows, int64_t num_tasks, const Tensors &params, d
   return result;
 }
 
-Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> &options) {
+// The state argument of an op: count doubles; without one a fresh state, which is forgotten.
+class State {
+ public:
+  State(const char *op, const std::optional<Tensor> &state, int64_t count) {
+    if (!state) {
+      fresh_.resize(static_cast<size_t>(count));
+      data_ = fresh_.data();
+    } else {
+      doubles_argument(op, "state", *state, {count});
+      data_ = static_cast<double *>(state->mutable_data_ptr());
+    }
+  }
+  State(const State &) = delete;
+  State &operator=(const State &) = delete;
+  double *get() const { return data_; }
+
+ private:
+  std::vector<double> fresh_;
+  double *data_;
+};
+
+Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> &options,
+               const std::optional<Tensor> &state) {
   const char *op = "weights";
   const int64_t num_tasks = square_size(op, "gramian", gramian, 1);
   Context context(op, num_tasks);
   const double *matrix = doubles_argument(op, "gramian", gramian, {num_tasks, num_tasks});
-  Tensor result = new_doubles({num_tasks});
+  const flatmtl_method number = method_number(op, method);
   flatmtl_error error{};
-  context.check(flatmtl_weights(context.get(), method_number(op, method), options.data(), option_count(op, options),
-                                task_count(op, num_tasks), matrix, doubles(result), &error),
+  int64_t count = 0;
+  check(op, flatmtl_state_size(number, task_count(op, num_tasks), &count, &error), error);
+  const State state_data(op, state, count);
+  Tensor result = new_doubles({num_tasks});
+  context.check(flatmtl_weights(context.get(), number, options.data(), option_count(op, options),
+                                task_count(op, num_tasks), matrix, state_data.get(), doubles(result), &error),
                 error);
   return result;
 }
@@ -98,7 +124,7 @@ Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> 
 std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
                                                 const std::optional<Tensor> &perturbed_gramian, int64_t method,
                                                 const std::vector<double> &options, int64_t combine,
-                                                int64_t family_scale) {
+                                                int64_t family_scale, const std::optional<Tensor> &state) {
   const char *op = "step_weights";
   const int64_t num_tasks = square_size(op, "gramian_pair", gramian_pair, 2);
   Context context(op, num_tasks);
@@ -118,6 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
     fail(op, "family_scale is " + std::to_string(family_scale) + "; it must be 0 or 1");
   settings.combine = static_cast<flatmtl_combination>(combine);
   settings.family_scale = static_cast<flatmtl_family_scale>(family_scale);
+  int64_t count = 0;
+  check(op, flatmtl_step_state_size(&settings, task_count(op, num_tasks), &count, &error), error);
+  const State state_data(op, state, count);
+  settings.state = state_data.get();
   Tensor loss_weights = new_doubles({num_tasks}), flat_weights = new_doubles({num_tasks});
   flatmtl_status family_status[2] = {FLATMTL_OK, FLATMTL_OK};
   context.check(flatmtl_step_weights(context.get(), &settings, task_count(op, num_tasks), pair, perturbed,
@@ -137,6 +167,7 @@ Tensors new_row(const Tensors &like, int64_t count) {
   return row;
 }
 
+// With a fresh state: torch's compilers take no op that writes to an argument and returns a list.
 Tensors aggregate(const Tensors &rows, int64_t num_tasks, int64_t method, const std::vector<double> &options) {
   const char *op = "aggregate";
   Context context(op, num_tasks);
@@ -146,8 +177,12 @@ Tensors aggregate(const Tensors &rows, int64_t num_tasks, int64_t method, const 
   std::vector<double> gramian(size * size), weights(size);
   flatmtl_error error{};
   context.check(flatmtl_gramian(context.get(), matrix.get(), gramian.data(), &error), error);
-  context.check(flatmtl_weights(context.get(), method_number(op, method), options.data(), option_count(op, options),
-                                task_count(op, num_tasks), gramian.data(), weights.data(), &error),
+  const flatmtl_method number = method_number(op, method);
+  int64_t count = 0;
+  check(op, flatmtl_state_size(number, task_count(op, num_tasks), &count, &error), error);
+  const State state(op, std::nullopt, count);
+  context.check(flatmtl_weights(context.get(), number, options.data(), option_count(op, options),
+                                task_count(op, num_tasks), gramian.data(), state.get(), weights.data(), &error),
                 error);
   const Tensors result = new_row(rows, segments.count());
   const Vector out(segments, "out", result);
@@ -264,10 +299,10 @@ STABLE_TORCH_LIBRARY(flatmtl, m) {
   m.def("gramian(Tensor[] rows, int num_tasks) -> Tensor");
   m.def("gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks) -> Tensor");
   m.def("sq_norms(Tensor[] rows, int num_tasks, Tensor[] params, float eta) -> Tensor");
-  m.def("weights(Tensor gramian, int method, float[] options) -> Tensor");
+  m.def("weights(Tensor gramian, int method, float[] options, Tensor(a!)? state=None) -> Tensor");
   m.def(
       "step_weights(Tensor gramian_pair, Tensor? perturbed_gramian, int method, float[] options, int combine, "
-      "int family_scale) -> (Tensor, Tensor, Tensor)");
+      "int family_scale, Tensor(a!)? state=None) -> (Tensor, Tensor, Tensor)");
   m.def("aggregate(Tensor[] rows, int num_tasks, int method, float[] options) -> Tensor[]");
   m.def("perturb_(Tensor(a!)[] params, Tensor[] saved, Tensor[] grads, float[] scale, bool adaptive, float eta) -> ()");
   m.def("copy_(Tensor(a!)[] to, Tensor[] source) -> ()");

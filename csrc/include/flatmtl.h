@@ -56,8 +56,8 @@ extern "C" {
 
 typedef enum flatmtl_status {
   FLATMTL_OK = 0,
-  /* No finite weights exist: a non-negative combination of the rows vanishes (Nash-MTL, FairGrad), or 1'G^+ d = 0
-   * (IMTL-G). All weights are 0. */
+  /* No finite weights exist: a non-negative combination of the rows vanishes (Nash-MTL, FairGrad), 1'G^+ d = 0
+   * (IMTL-G), C^+ 1 = 0 (ConFIG), or every row is zero (those and Aligned-MTL, NTKMTL). All weights are 0. */
   FLATMTL_PARETO_STATIONARY = 1,
   FLATMTL_ERROR_NULL = -1,      /* a required pointer is NULL */
   FLATMTL_ERROR_NUM_TASKS = -2, /* number of tasks or rows out of range */
@@ -227,10 +227,23 @@ typedef enum flatmtl_method {
   FLATMTL_NASH_MTL = 7, /* the root of G w = 1/w, w > 0 (2202.01017). Degree 0. */
   FLATMTL_FAIRGRAD = 8, /* the root of G w = w^(-1/alpha), w > 0 (2402.15638). options: alpha > 0, 2. Degree
                            (1-alpha)/(1+alpha). */
-  FLATMTL_NUM_METHODS = 9
+  FLATMTL_GRADVAC = 9,  /* 2010.05874, whole model, summed over tasks. Rows g_i' are turned towards the g_j, in random
+                           order, up to the target cosine t_ij; t_ij += beta (observed cosine - t_ij). options: beta in
+                           [0, 1], 0.01; seed; draw, as in pcgrad. state: one matrix K x K, t. Degree 1. */
+  FLATMTL_ALIGNED_MTL = 10, /* w = s^(1/2) G^(+1/2) 1 (CVPR 2023). s is an eigenvalue of G: options: scale 0 the least, 1
+                               the (lower) median, 2 the mean, 0; tolerance in [0, 1): eigenvalues up to tolerance K
+                               times the largest count as 0 everywhere, 2^-23. Degree 1. */
+  FLATMTL_UPGRAD = 11,      /* w = SUM_i argmin v'Gv, v >= p_i e_i (2406.16232). options: the preference p, K numbers
+                               >= 0, 1/K. Degree 1. */
+  FLATMTL_DUALPROJ = 12,    /* w = argmin v'Gv, v >= p (GEM, 1706.08840). options: as upgrad. Degree 1. */
+  FLATMTL_CONFIG = 13,      /* w_i = l v_i / d_i, v = C^+ 1, C = D^-1 G D^-1, l = d'Cv / 1'v (2408.11104). Degree 1. */
+  FLATMTL_NTKMTL = 14,      /* w_i = (S / G_ii)^p, S the mean of G_ii over the rows that are not zero (NTKMTL, NeurIPS 2025,
+                               with one batch, n = 1). options: p in [0, 1], 0.5. Degree 1. */
+  FLATMTL_NUM_METHODS = 15
 } flatmtl_method;
 
-/* "sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad". */
+/* "sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad", "gradvac", "aligned_mtl",
+ * "upgrad", "dualproj", "config", "ntkmtl". */
 FLATMTL_API flatmtl_status flatmtl_method_by_name(const char *name, flatmtl_method *method, flatmtl_error *error);
 
 /* The name of a method, or NULL if there is none with that number. */
@@ -242,16 +255,26 @@ FLATMTL_API const char *flatmtl_method_name(flatmtl_method method);
 FLATMTL_API flatmtl_status flatmtl_method_defaults(flatmtl_method method, int32_t num_tasks, double *options,
                                                    int32_t *num_options, flatmtl_error *error);
 
+/* Doubles of state that one call of A keeps from step to step: 0 for most methods, K * K for gradvac. State belongs to
+ * the caller, who hands it to every call and may save it. It is an array of K x K matrices, row-major, one row and one
+ * column a task, so that the rows and columns of the tasks present can be taken out and put back. All zeros is the
+ * start. */
+FLATMTL_API flatmtl_status flatmtl_state_size(flatmtl_method method, int32_t num_tasks, int64_t *count,
+                                              flatmtl_error *error);
+
 /* w = w(G).
  *  options   [num_options] as listed at flatmtl_method; num_options == 0 takes the defaults
  *  gramian   [K * K], row-major; the lower triangle is read. ERROR_NONFINITE names the row
- *  weights   [K], out; may not overlap gramian
+ *  state     [flatmtl_state_size], in and out, each in [-1, 1]; NULL where that is 0. ERROR_OPTION names the row of a
+ *            number out of range. Left alone on an error. May not overlap gramian
+ *  weights   [K], out; may not overlap gramian or state
  * Returns PARETO_STATIONARY with all weights 0 where no finite solution exists. A zero row (G_ii = 0) gets weight 0 in
- * imtl_g, nash_mtl and fairgrad, which have no finite weight for it; in mgda the zero rows share weight 1 (the
- * minimum-norm point is 0). cagrad leaves its correction out where the minimum of w'Gw is 0. A row
- * 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
+ * imtl_g, nash_mtl, fairgrad, config and ntkmtl, which have no finite weight for it, and in aligned_mtl; in mgda the
+ * zero rows share weight 1 (the minimum-norm point is 0); pcgrad and gradvac give it 1, upgrad and dualproj its
+ * preference, and gradvac leaves its targets alone. cagrad leaves its correction out where the minimum of w'Gw is 0. A
+ * row 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
 FLATMTL_API flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method method, const double *options,
-                                           int32_t num_options, int32_t num_tasks, const double *gramian,
+                                           int32_t num_options, int32_t num_tasks, const double *gramian, double *state,
                                            double *weights, flatmtl_error *error);
 
 /* ------------------------------------------------------------------------------------------------------------------
@@ -286,9 +309,17 @@ typedef struct flatmtl_settings {
   double rho_task;   /* radius >= 0 */
   int adaptive;      /* ASAM */
   double eta;        /* >= 0 */
+  double *state;     /* [flatmtl_step_state_size], the caller's, in and out; NULL where that is 0 */
 } flatmtl_settings;
 
-/* cagrad, decomposed, rms, separate, rho 0.05 and 0.05, not adaptive, eta 0: the Python optimizer's defaults. */
+/* Doubles of state of a step: the blocks of flatmtl_state_size of its calls of A, in the order of the calls. decomposed:
+ * loss family, flat family (K tasks each); direct: one block of K; second: loss, flat, then the call that joins the two
+ * (2 tasks); each: K blocks of 2 tasks, then one of K. Only method and combine of settings are used. */
+FLATMTL_API flatmtl_status flatmtl_step_state_size(const flatmtl_settings *settings, int32_t num_tasks, int64_t *count,
+                                                   flatmtl_error *error);
+
+/* cagrad, decomposed, rms, separate, rho 0.05 and 0.05, not adaptive, eta 0, no state: the Python optimizer's
+ * defaults. */
 FLATMTL_API flatmtl_status flatmtl_settings_default(flatmtl_settings *settings, flatmtl_error *error);
 
 /* Coefficients of the update SUM loss_weights[i] g_i + flat_weights[i] f_i.
@@ -298,8 +329,9 @@ FLATMTL_API flatmtl_status flatmtl_settings_default(flatmtl_settings *settings, 
  *  family_status  [2], out, or NULL: FLATMTL_OK or FLATMTL_PARETO_STATIONARY of the loss and of the flat family. direct
  *                 has one call of A and gives both the same; second and each give the loss family the worst status of
  *                 all calls and the flat family the same
- * Randomised methods draw afresh for every call of A: the calls within a step are numbered. Only method, options,
- * combine and family_scale of settings are used. */
+ * Randomised methods draw afresh for every call of A: the calls within a step are numbered. settings->state is left
+ * alone on an error, and may overlap no other array. The calls that join two rows take the defaults of methods with an
+ * option a task. Only method, options, combine, family_scale and state of settings are used. */
 FLATMTL_API flatmtl_status flatmtl_step_weights(const flatmtl_context *context, const flatmtl_settings *settings,
                                                 int32_t num_tasks, const double *gramian_pair,
                                                 const double *perturbed_gramian, double *loss_weights,
@@ -411,7 +443,8 @@ FLATMTL_API flatmtl_status flatmtl_loss_observe(const flatmtl_context *context, 
  *
  *   init -> begin -> (perturb i -> restore) for every task i -> finish -> update
  *
- * begin also starts the next step. If both radii are 0: begin -> finish -> update, and `perturbed` is not read.
+ * begin also starts the next step. If both radii are 0: begin -> finish -> update, and `perturbed` is not read; the one
+ * call of A uses the loss family's block of settings->state (each: the last one), the others are left alone.
  */
 
 /* The caller's buffers, K = num_tasks. Arrays and structs must outlive the step; the pointers in them may change

@@ -7,6 +7,9 @@
 
 #include "flatmtl.h"
 
+/* The most K x K matrices of state that a method keeps for one call. */
+#define FM_MOST_STATE_MATRICES 1
+
 /* A Gramian inside a larger matrix. */
 typedef struct fm_gramian {
   const double *values; /* [num_tasks] rows, `stride` apart; the lower triangle is read; finite */
@@ -23,18 +26,31 @@ flatmtl_status fm_check_method(flatmtl_method method, const double *options, int
  * entry that is not. */
 flatmtl_status fm_check_gramian(const char *argument, const double *gramian, int32_t num_rows, flatmtl_error *error);
 
-/* w = w(G) for a method and options that fm_check_method has passed; G / (trace(G) / K) in place of G if scale is
- * FLATMTL_SCALE_RMS. OK, PARETO_STATIONARY (weights all 0) or ERROR_INTERNAL (weights undefined).
+/* Whether a method has an option for every task. */
+int fm_has_option_per_task(flatmtl_method method);
+
+/* Doubles of state of one call of a known method. */
+size_t fm_state_size(flatmtl_method method, int32_t num_tasks);
+
+/* Whether the state of one call is there and in range; ERROR_OPTION names the row. */
+flatmtl_status fm_check_state(flatmtl_method method, int32_t num_tasks, const char *argument, const double *state,
+                              flatmtl_error *error);
+
+/* The same for the state of a whole step, settings->state. */
+flatmtl_status fm_check_step_state(const flatmtl_settings *settings, int32_t num_tasks, flatmtl_error *error);
+
+/* Where in a step's state the block of the loss family's K rows is (each: the call that joins the tasks). */
+size_t fm_step_state_of_loss(const flatmtl_settings *settings, int32_t num_tasks);
+
+/* w = w(G) for a method, options and state that have passed the checks; G / (trace(G) / K) in place of G if scale is
+ * FLATMTL_SCALE_RMS. OK, PARETO_STATIONARY (weights all 0) or ERROR_INTERNAL (weights and state undefined).
  *  call     number of this call of the aggregator within the step, for methods that draw
+ *  state    [fm_state_size], in and out; NULL if none
  *  weights  [K], out
  *  work     fm_weights_work(K) doubles */
 flatmtl_status fm_solve_weights(flatmtl_method method, const double *options, int32_t num_options, uint64_t call,
-                                flatmtl_family_scale scale, const fm_gramian *gramian, double *weights, double *work);
-
-/* The checks and the solve of a [K * K] Gramian as it is. weights is not written on an error. */
-flatmtl_status fm_weights(flatmtl_method method, const double *options, int32_t num_options, uint64_t call,
-                          int32_t num_tasks, const double *gramian, double *weights, double *work,
-                          flatmtl_error *error);
+                                flatmtl_family_scale scale, const fm_gramian *gramian, double *state, double *weights,
+                                double *work);
 
 /* Doubles of scratch for fm_weights, and for flatmtl_step_weights. */
 size_t fm_weights_work(int32_t num_tasks);

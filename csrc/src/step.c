@@ -66,7 +66,7 @@ static flatmtl_status check_settings(const flatmtl_settings *settings, int32_t n
     return fm_fail(error, FLATMTL_ERROR_OPTION, "rho_task", -1, -1, settings->rho_task);
   if (settings->adaptive && !(settings->eta >= 0.0 && settings->eta < INFINITY))
     return fm_fail(error, FLATMTL_ERROR_OPTION, "eta", -1, -1, settings->eta);
-  return FLATMTL_OK;
+  return fm_check_step_state(settings, num_tasks, error);
 }
 
 static int is_flat(const flatmtl_settings *settings) {
@@ -306,7 +306,8 @@ flatmtl_status flatmtl_step_finish(flatmtl_step *step, const flatmtl_context *co
       status = flatmtl_gramian(context, &problem->shared_perturbed, step->direct, error);
   } else {
     status = loss_gramian(step, context, error);
-    settings.combine = FLATMTL_DECOMPOSED;
+    if (settings.state) settings.state += fm_step_state_of_loss(&settings, k);
+    settings.combine = FLATMTL_DIRECT; /* one call, on the Gramian in step->direct */
   }
   if (status != FLATMTL_OK) return status;
   status = flatmtl_step_weights(context, &settings, k, step->pair, step->direct, step->weights_loss, step->weights_flat,

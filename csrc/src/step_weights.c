@@ -18,6 +18,7 @@ typedef struct step_weights {
   double *flat;       /* [K] */
   double *z;          /* [K] */
   double *results;    /* [K * K]: Gramian of the results of A */
+  double *state;      /* a copy of settings->state, or NULL */
   double *work;
 } step_weights;
 
@@ -30,10 +31,41 @@ static flatmtl_status worst(flatmtl_status a, flatmtl_status b) {
   return a > b ? a : b;
 }
 
-/* One call of A. Fixed weights for K tasks say nothing about two rows of another kind: those are summed. */
+/* Doubles of state of the calls before number `call`. each has K calls with two rows and one with K; the others have
+ * two with K, then one with two. */
+static size_t state_before(const flatmtl_settings *settings, int32_t num_tasks, uint64_t call) {
+  const size_t all_rows = fm_state_size(settings->method, num_tasks), two_rows = fm_state_size(settings->method, 2);
+  if (settings->combine == FLATMTL_EACH) {
+    const size_t k = (size_t)num_tasks;
+    return call <= k ? call * two_rows : k * two_rows + all_rows;
+  }
+  return call <= 2 ? call * all_rows : 2 * all_rows + two_rows;
+}
+
+static size_t state_of_all(const flatmtl_settings *settings, int32_t num_tasks) {
+  switch (settings->combine) {
+    case FLATMTL_DIRECT:
+      return state_before(settings, num_tasks, 1);
+    case FLATMTL_SECOND:
+      return state_before(settings, num_tasks, 3);
+    case FLATMTL_EACH:
+      return state_before(settings, num_tasks, (uint64_t)num_tasks + 1);
+    default:
+      return state_before(settings, num_tasks, 2);
+  }
+}
+
+size_t fm_step_state_of_loss(const flatmtl_settings *settings, int32_t num_tasks) {
+  return settings->combine == FLATMTL_EACH ? state_before(settings, num_tasks, (uint64_t)num_tasks) : 0;
+}
+
+/* One call of A. Options for K tasks say nothing about two rows of another kind: fixed sums those, the others take
+ * their defaults. */
 static flatmtl_status aggregate(const step_weights *s, uint64_t call, int two_rows, const fm_gramian *gramian,
                                 double *weights) {
   const flatmtl_settings *settings = s->settings;
+  const int defaults = two_rows && fm_has_option_per_task(settings->method);
+  double *state = s->state ? s->state + state_before(settings, s->num_tasks, call) : NULL;
   if (two_rows && settings->method == FLATMTL_FIXED) {
     weights[0] = weights[1] = 1.0;
     return FLATMTL_OK;
@@ -43,8 +75,8 @@ static flatmtl_status aggregate(const step_weights *s, uint64_t call, int two_ro
       if (!isfinite(gramian->values[(size_t)i * gramian->stride + j])) return FLATMTL_ERROR_NONFINITE; /* overflow */
     }
   }
-  return fm_solve_weights(settings->method, settings->options, settings->num_options, call, settings->family_scale,
-                          gramian, weights, s->work);
+  return fm_solve_weights(settings->method, settings->options, defaults ? 0 : settings->num_options, call,
+                          settings->family_scale, gramian, state, weights, s->work);
 }
 
 static flatmtl_status decomposed(const step_weights *s, flatmtl_status *family_status) {
@@ -132,7 +164,40 @@ static flatmtl_status each(const step_weights *s) {
 size_t fm_step_weights_work(int32_t num_tasks) {
   size_t n = (size_t)num_tasks;
   size_t two_rows = fm_weights_work(2), all_rows = fm_weights_work(num_tasks);
-  return 3 * n + n * n + (two_rows > all_rows ? two_rows : all_rows);
+  size_t state = FM_MOST_STATE_MATRICES * (2 * n * n + 4 * n); /* more than any combination has */
+  return 3 * n + n * n + state + (two_rows > all_rows ? two_rows : all_rows);
+}
+
+static flatmtl_status check_settings(const flatmtl_settings *settings, int32_t num_tasks, flatmtl_error *error) {
+  if (!settings) return fm_fail(error, FLATMTL_ERROR_NULL, "settings", -1, -1, NAN);
+  flatmtl_status status = fm_check_method(settings->method, settings->options, settings->num_options, num_tasks, error);
+  if (status < 0) return status;
+  if ((int)settings->combine < FLATMTL_DECOMPOSED || (int)settings->combine > FLATMTL_EACH) {
+    return fm_fail(error, FLATMTL_ERROR_NAME, "settings->combine", -1, -1, (double)settings->combine);
+  }
+  return FLATMTL_OK;
+}
+
+flatmtl_status flatmtl_step_state_size(const flatmtl_settings *settings, int32_t num_tasks, int64_t *count,
+                                       flatmtl_error *error) {
+  flatmtl_status status = check_settings(settings, num_tasks, error);
+  if (status < 0) return status;
+  if (!count) return fm_fail(error, FLATMTL_ERROR_NULL, "count", -1, -1, NAN);
+  *count = (int64_t)state_of_all(settings, num_tasks);
+  return FLATMTL_OK;
+}
+
+flatmtl_status fm_check_step_state(const flatmtl_settings *settings, int32_t num_tasks, flatmtl_error *error) {
+  const size_t all_rows = fm_state_size(settings->method, num_tasks), count = state_of_all(settings, num_tasks);
+  for (size_t at = 0; at < count;) {
+    const int two_rows = settings->combine == FLATMTL_EACH ? at + all_rows < count : at >= 2 * all_rows;
+    const int32_t rows = two_rows ? 2 : num_tasks;
+    const double *state = settings->state ? settings->state + at : NULL;
+    flatmtl_status status = fm_check_state(settings->method, rows, "settings->state", state, error);
+    if (status < 0) return status;
+    at += fm_state_size(settings->method, rows);
+  }
+  return FLATMTL_OK;
 }
 
 static flatmtl_status check_arguments(const flatmtl_settings *settings, int32_t num_tasks, const double *pair,
@@ -145,15 +210,17 @@ static flatmtl_status check_arguments(const flatmtl_settings *settings, int32_t 
   if (is_direct && !perturbed) return fm_fail(error, FLATMTL_ERROR_NULL, "perturbed_gramian", -1, -1, NAN);
   size_t n = (size_t)num_tasks, bytes = n * sizeof(double),
          status_bytes = family_status ? 2 * sizeof(*family_status) : 0;
-  const void *outputs[3] = {loss_weights, flat_weights, family_status};
-  const char *names[3] = {"loss_weights", "flat_weights", "family_status"};
-  size_t sizes[3] = {bytes, bytes, status_bytes};
-  for (int i = 0; i < 3; ++i) {
+  const void *outputs[4] = {loss_weights, flat_weights, family_status, settings->state};
+  const char *names[4] = {"loss_weights", "flat_weights", "family_status", "settings->state"};
+  size_t sizes[4] = {bytes, bytes, status_bytes, state_of_all(settings, num_tasks) * sizeof(double)};
+  for (int i = 0; i < 4; ++i) {
     int clash = fm_overlap(outputs[i], sizes[i], pair, 4 * n * bytes) ||
                 (is_direct && fm_overlap(outputs[i], sizes[i], perturbed, n * bytes));
     for (int j = 0; j < i; ++j) clash = clash || fm_overlap(outputs[i], sizes[i], outputs[j], sizes[j]);
     if (clash) return fm_fail(error, FLATMTL_ERROR_OVERLAP, names[i], -1, -1, NAN);
   }
+  flatmtl_status status = fm_check_step_state(settings, num_tasks, error);
+  if (status < 0) return status;
   return is_direct ? fm_check_gramian("perturbed_gramian", perturbed, num_tasks, error)
                    : fm_check_gramian("gramian_pair", pair, 2 * num_tasks, error);
 }
@@ -161,12 +228,8 @@ static flatmtl_status check_arguments(const flatmtl_settings *settings, int32_t 
 flatmtl_status flatmtl_step_weights(const flatmtl_context *context, const flatmtl_settings *settings, int32_t num_tasks,
                                     const double *gramian_pair, const double *perturbed_gramian, double *loss_weights,
                                     double *flat_weights, flatmtl_status *family_status, flatmtl_error *error) {
-  if (!settings) return fm_fail(error, FLATMTL_ERROR_NULL, "settings", -1, -1, NAN);
-  flatmtl_status status = fm_check_method(settings->method, settings->options, settings->num_options, num_tasks, error);
+  flatmtl_status status = check_settings(settings, num_tasks, error);
   if (status < 0) return status;
-  if ((int)settings->combine < FLATMTL_DECOMPOSED || (int)settings->combine > FLATMTL_EACH) {
-    return fm_fail(error, FLATMTL_ERROR_NAME, "settings->combine", -1, -1, (double)settings->combine);
-  }
   if (settings->family_scale != FLATMTL_SCALE_NONE && settings->family_scale != FLATMTL_SCALE_RMS) {
     return fm_fail(error, FLATMTL_ERROR_NAME, "settings->family_scale", -1, -1, (double)settings->family_scale);
   }
@@ -177,9 +240,18 @@ flatmtl_status flatmtl_step_weights(const flatmtl_context *context, const flatmt
                            family_status, error);
   if (status < 0) return status;
 
-  size_t n = (size_t)num_tasks;
-  step_weights s = {settings, num_tasks,    gramian_pair, work,
-                    work + n, work + 2 * n, work + 3 * n, work + 3 * n + n * n};
+  size_t n = (size_t)num_tasks, state_doubles = state_of_all(settings, num_tasks);
+  double *state = work + 3 * n + n * n;
+  step_weights s = {settings,
+                    num_tasks,
+                    gramian_pair,
+                    work,
+                    work + n,
+                    work + 2 * n,
+                    work + 3 * n,
+                    state_doubles > 0 ? state : NULL,
+                    state + state_doubles};
+  if (s.state) memcpy(s.state, settings->state, state_doubles * sizeof(double));
   flatmtl_status families[2];
   switch (settings->combine) {
     case FLATMTL_DIRECT:
@@ -197,6 +269,7 @@ flatmtl_status flatmtl_step_weights(const flatmtl_context *context, const flatmt
   if (status < 0) return fm_fail(error, status, "gramian_pair", -1, -1, NAN);
   memcpy(loss_weights, s.loss, n * sizeof(double));
   memcpy(flat_weights, s.flat, n * sizeof(double));
+  if (s.state) memcpy(settings->state, s.state, state_doubles * sizeof(double));
   if (family_status) memcpy(family_status, families, sizeof(families));
   return status;
 }

@@ -14,7 +14,24 @@ from ._agreement import RankError
 from ._diagnose import Diagnosis, diagnose
 from ._landscape import Landscape, landscape
 from ._task import NonFiniteError
-from .aggregators import IMTLG, MGDA, Aggregator, CAGrad, FairGrad, Fixed, Mean, NashMTL, PCGrad, Sum
+from .aggregators import (
+    IMTLG,
+    MGDA,
+    NTKMTL,
+    Aggregator,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    Fixed,
+    GradVac,
+    Mean,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)  # fmt: skip
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL
 from .weightings import (
@@ -49,20 +66,25 @@ __all__ = [
     "IMTLG",
     "IMTLL",
     "MGDA",
+    "NTKMTL",
     "RLW",
     "SI",
     "SLAW",
     "STCH",
     "UW",
     "Aggregator",
+    "AlignedMTL",
     "CAGrad",
+    "ConFIG",
     "Diagnosis",
+    "DualProj",
     "FairGrad",
     "Fixed",
     "FixedWeights",
     "FlatMTL",
     "GO4Align",
     "GradNorm",
+    "GradVac",
     "Landscape",
     "Mean",
     "NashMTL",
@@ -70,6 +92,7 @@ __all__ = [
     "PCGrad",
     "RankError",
     "Sum",
+    "UPGrad",
     "Weighting",
     "aggregate",
     "cmake_prefix_path",

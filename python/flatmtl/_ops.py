@@ -70,6 +70,14 @@ def _numbers(name_of: Any) -> dict[str, int]:
     return numbers
 
 
+def state_size(method: int, num_tasks: int) -> int:
+    """Doubles of state of one call of a method (`flatmtl_state_size`)."""
+    count = ctypes.c_int64()
+    if core.flatmtl_state_size(method, num_tasks, ctypes.byref(count), None) < 0:
+        raise ValueError(f"flatmtl: no method {method} for {num_tasks} tasks")
+    return count.value
+
+
 # Numbers of the enums in flatmtl.h.
 METHODS = _numbers(core.flatmtl_method_name)
 WEIGHTINGS = _numbers(core.flatmtl_weighting_name)
@@ -128,14 +136,14 @@ def _(rows: list[Tensor], num_tasks: int, params: list[Tensor], eta: float) -> T
 
 
 @fake("flatmtl::weights")
-def _(gramian: Tensor, method: int, options: list[float]) -> Tensor:
+def _(gramian: Tensor, method: int, options: list[float], state: Tensor | None = None) -> Tensor:
     return _doubles(gramian, gramian.shape[0])
 
 
 @fake("flatmtl::step_weights")
 def _(
     gramian_pair: Tensor, perturbed_gramian: Tensor | None, method: int, options: list[float], combine: int,
-    family_scale: int,
+    family_scale: int, state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tasks = gramian_pair.shape[0] // 2
     status = gramian_pair.new_empty((2,), dtype=torch.int64)

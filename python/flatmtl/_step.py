@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _featured, _ops, _record, _weighting
+from . import _aggregator_state, _featured, _ops, _record, _weighting
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
@@ -296,15 +296,22 @@ class Step:
 
     def _weights(self, pair: Tensor, direct: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the loss family and of the flat family, and their statuses."""
-        aggregator = self.settings.aggregator
-        options = aggregator.option_values(
-            len(self.tasks), seed=self.settings.seed, draw=self.draw, present=[s.index for s in self.present]
-        )
-        combine = _ops.COMBINE[self.settings.combine if self.flat else "decomposed"]
-        scale = _ops.FAMILY_SCALE[self.settings.family_scale]
-        a, b, status = torch.ops.flatmtl.step_weights(pair, direct, aggregator.number, options, combine, scale)
+        aggregator, old, tasks = self.settings.aggregator, self.states.get("aggregator"), len(self.tasks)
+        present = [s.index for s in self.present]
+        options = aggregator.option_values(tasks, seed=self.settings.seed, draw=self.draw, present=present)
+        combine, perturbed = self.settings.combine, direct
+        if not self.flat:  # one call, of the loss family
+            combine, perturbed = "direct", pair[: len(present), : len(present)].contiguous()
+        state = _aggregator_state.gather(old, aggregator, combine, tasks, present)
+        a, b, status = torch.ops.flatmtl.step_weights(
+            pair, perturbed, aggregator.number, options, _ops.COMBINE[combine],
+            _ops.FAMILY_SCALE[self.settings.family_scale], state,
+        )  # fmt: skip
+        if state is not None:
+            self.new_states["aggregator"] = _aggregator_state.scatter(old, aggregator, combine, tasks, present, state)
         if self.settings.max_norm is not None:
-            a, b = clipped(a, b, pair, direct, self.settings.max_norm, families=combine == _ops.COMBINE["decomposed"])
+            families = not self.flat or combine == "decomposed"
+            a, b = clipped(a, b, pair, direct, self.settings.max_norm, families=families)
         return a, b, status
 
     def _combine(

@@ -19,11 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from . import _ops
+from . import _aggregator_state, _ops
 
 _LARGEST_SEED = 2**53
+_ALIGNED_SCALES = ("min", "median", "rmse")  # in the order of flatmtl.h
 
 
 class Aggregator:
@@ -59,18 +61,30 @@ class Aggregator:
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
         """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""
+        _aggregator_state.check(self, state, num_tasks)
 
-    def weights(self, gramian: Tensor, *, draw: int = 0) -> Tensor:
+    def state_size(self, num_tasks: int) -> int:
+        """How many numbers the method keeps from step to step for one call; 0 for most methods."""
+        return _ops.state_size(self.number, num_tasks)
+
+    def new_state(self, num_tasks: int) -> Tensor | None:
+        """A fresh state: zeros, (state_size,) float64 on the CPU; None for methods that keep nothing."""
+        size = self.state_size(num_tasks)
+        return torch.zeros(size, dtype=torch.float64) if size else None
+
+    def weights(self, gramian: Tensor, *, draw: int = 0, state: Tensor | None = None) -> Tensor:
         """Weights w(G), (K,) float64 on the CPU; see `flatmtl.weights`."""
         from . import functional
 
-        return functional.weights(gramian, self, draw=draw)
+        return functional.weights(gramian, self, draw=draw, state=state)
 
-    def __call__(self, rows: Tensor | Sequence[Sequence[Tensor]], *, draw: int = 0) -> Tensor | list[Tensor]:
+    def __call__(
+        self, rows: Tensor | Sequence[Sequence[Tensor]], *, draw: int = 0, state: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """The update SUM_i w_i g_i of the rows g; see `flatmtl.aggregate`."""
         from . import functional
 
-        return functional.aggregate(rows, self, draw=draw)
+        return functional.aggregate(rows, self, draw=draw, state=state)
 
 
 @dataclass(frozen=True)
@@ -243,9 +257,183 @@ class FairGrad(Aggregator):
             raise ValueError(f"FairGrad: alpha is {self.alpha}; it must be positive and finite")
 
 
+@dataclass(frozen=True)
+class GradVac(Aggregator):
+    """Gradient vaccine: each gradient is turned towards the others up to the cosines usual between them; their sum.
+
+    For each task i, g_i' = g_i; for the other tasks j in random order: with phi = cos(g_i', g_j) and a target t_ij, if
+    phi < t_ij the multiple of g_j is added to g_i' that makes the cosine t_ij; then t_ij += beta (phi - t_ij). The
+    update is SUM_i g_i'. With targets of 0, as at the start, this is PCGrad. The granularity is the whole model, one
+    cosine for all shared parameters; the paper also has one a layer and one a matrix. A zero gradient, and a g_i' that
+    has vanished, leaves the targets alone. Targets count as at most 1 - 1e-6, where the added multiple is finite.
+
+    Options: beta = 0.01 in [0, 1], the paper's, as other implementations report it (LibMTL and torchjd take 0.5); seed
+    of the order, as `PCGrad`. State: the K x K targets, apart for each family of gradients. Cost O(K^3). Not invariant:
+    each task's part scales with its gradient. Conflicts can remain.
+
+    Wang et al., Gradient Vaccine, arXiv 2010.05874.
+    """
+
+    beta: float = 0.01
+    seed: int | None = None
+
+    name = "gradvac"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", float(self.beta))
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"GradVac: beta is {self.beta}; it must be in [0, 1]")
+        if self.seed is not None:
+            object.__setattr__(self, "seed", _checked_seed(self.seed))
+
+    def option_values(
+        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
+    ) -> list[float]:
+        return [self.beta, float(_checked_seed(seed if self.seed is None else self.seed)), float(draw)]
+
+
+@dataclass(frozen=True)
+class AlignedMTL(Aggregator):
+    """Independent component alignment: the matrix of gradients with all its singular values made equal.
+
+    With the eigenvalues l_k and eigenvectors v_k of G: w = s^(1/2) SUM_k v_k (v_k'1) / l_k^(1/2), over the l_k above
+    tolerance K max(l). The summands of the update are then orthogonal, of squared length s. Zero gradients get weight
+    0.
+
+    Options: scale: what s is, "min" the least of those eigenvalues (default, the authors'), "median" the lower median,
+    "rmse" the mean; tolerance = 2^-23, the float32 rounding that the authors' code uses in float32 training. The sum of
+    the aligned gradients, as the paper (torchjd takes their mean). Cost: an eigendecomposition, about 10 K^3. Not
+    invariant. Conflicts can remain; with "min" the update is short where gradients are nearly collinear, and it jumps
+    where an eigenvalue passes the tolerance.
+
+    Senushkin et al., Independent Component Alignment for Multi-Task Learning, CVPR 2023.
+    """
+
+    scale: str = "min"
+    tolerance: float = 2.0**-23
+
+    name = "aligned_mtl"
+
+    def __post_init__(self) -> None:
+        if self.scale not in _ALIGNED_SCALES:
+            raise ValueError(f"AlignedMTL: scale is {self.scale!r}; it must be one of {_quoted(_ALIGNED_SCALES)}")
+        object.__setattr__(self, "tolerance", float(self.tolerance))
+        if not 0.0 <= self.tolerance < 1.0:
+            raise ValueError(f"AlignedMTL: tolerance is {self.tolerance}; it must be in [0, 1)")
+
+    def option_values(
+        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
+    ) -> list[float]:
+        return [float(_ALIGNED_SCALES.index(self.scale)), self.tolerance]
+
+
+@dataclass(frozen=True)
+class _Preferring(Aggregator):
+    """An aggregator with a preference, one number >= 0 a task; None for 1/K each."""
+
+    preference: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.preference is None:
+            return
+        values = tuple(float(p) for p in self.preference)
+        for i, p in enumerate(values):
+            if not (p >= 0.0 and math.isfinite(p)):
+                raise ValueError(f"{type(self).__name__}: preference[{i}] is {p}; it must be finite and at least 0")
+        object.__setattr__(self, "preference", values)
+
+    def option_values(
+        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
+    ) -> list[float]:
+        if self.preference is None:
+            return []
+        if len(self.preference) != num_tasks:
+            raise ValueError(
+                f"{type(self).__name__} has a preference of {len(self.preference)} values for {num_tasks} tasks"
+            )
+        return list(self.preference if present is None else (self.preference[i] for i in present))
+
+
+@dataclass(frozen=True)
+class UPGrad(_Preferring):
+    """Unconflicting projection of gradients: each gradient is projected on the dual cone, and the results are summed.
+
+    The dual cone holds the vectors that conflict with no gradient. w = SUM_i argmin v'Gv over v >= p_i e_i. torchjd's
+    absolute norm_eps and regularisation are left out: the projections are exact at every scale.
+
+    Option: preference = p, one number >= 0 a task, 1/K each by default as in the paper; calls that join two gradients
+    in the combinations "second" and "each" take 1/2. A zero gradient's weight is its preference. Cost: K active-set
+    solves, up to O(K^4) in all. Not invariant: each task's part scales with its gradient. Non-conflicting.
+
+    Quinton and Rey, Jacobian Descent for Multi-Objective Optimization, arXiv 2406.16232.
+    """
+
+    name = "upgrad"
+
+
+@dataclass(frozen=True)
+class DualProj(_Preferring):
+    """The mean gradient projected on the dual cone, the vectors that conflict with no gradient.
+
+    w = argmin v'Gv over v >= p, exact at every scale.
+
+    Option: preference = p, as `UPGrad`. Cost: an active-set solve, a few O(K^3). Not invariant. Non-conflicting.
+
+    Lopez-Paz and Ranzato, Gradient Episodic Memory for Continual Learning, arXiv 1706.08840; with a preference, Quinton
+    and Rey, arXiv 2406.16232.
+    """
+
+    name = "dualproj"
+
+
+@dataclass(frozen=True)
+class ConFIG(Aggregator):
+    """Conflict-free gradients: equal cosines to all gradients, as long as the sum of the projections on it.
+
+    With C_ij the cosines and v = C^+ 1: w_i = l v_i / d_i, l = SUM_i d_i (Cv)_i / 1'v. Weights can be negative. Zero
+    gradients get weight 0; where C^+ 1 = 0, as for two opposite gradients, there is no such direction and all weights
+    are 0 ("Pareto-stationary"). The direction is that of IMTL-G where C has full rank.
+
+    No options. Cost: a Cholesky factorisation, or a pseudo-inverse where C is singular, O(K^3). The direction is
+    invariant, the length is not. Non-conflicting where C has full rank.
+
+    Liu et al., ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks, arXiv 2408.11104.
+    """
+
+    name = "config"
+
+
+@dataclass(frozen=True)
+class NTKMTL(Aggregator):
+    """Spectral balancing of the tasks' neural tangent kernels, with one batch (the paper's n = 1).
+
+    w_i = (S / G_ii)^exponent, S the mean of the G_ii: with one batch the kernel of a task is the number G_ii. For an
+    exponent of 1/2 all gradients are brought to the same length, their root mean square, and added. Zero gradients get
+    weight 0 and do not count in S.
+
+    Option: exponent = 0.5 in [0, 1], the paper's; the authors' NYUv2 script has 0.75, their code K times the weights
+    and the trace as S, sqrt(K) times the mean for 0.5. Cost O(K). With 0.5 the direction is invariant, the length is
+    not. Conflicts remain.
+
+    NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent Kernel Perspective, NeurIPS 2025.
+    """
+
+    exponent: float = 0.5
+
+    name = "ntkmtl"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exponent", float(self.exponent))
+        if not 0.0 <= self.exponent <= 1.0:
+            raise ValueError(f"NTKMTL: exponent is {self.exponent}; it must be in [0, 1]")
+
+
 AGGREGATORS: dict[str, type[Aggregator]] = {
-    cls.name: cls for cls in (Sum, Mean, Fixed, MGDA, PCGrad, CAGrad, IMTLG, NashMTL, FairGrad)
-}
+    cls.name: cls for cls in (
+        Sum, Mean, Fixed, MGDA, PCGrad, CAGrad, IMTLG, NashMTL, FairGrad, GradVac, AlignedMTL, UPGrad, DualProj, ConFIG,
+        NTKMTL,
+    )
+}  # fmt: skip
 
 
 def get_aggregator(aggregator: str | Aggregator, **options: Any) -> Aggregator:

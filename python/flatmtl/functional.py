@@ -45,19 +45,23 @@ def gramian(rows: Rows) -> Tensor:
     return products
 
 
-def weights(gramian: Tensor, method: str | Aggregator, *, draw: int = 0, **options: Any) -> Tensor:
+def weights(
+    gramian: Tensor, method: str | Aggregator, *, draw: int = 0, state: Tensor | None = None, **options: Any
+) -> Tensor:
     """Weights of an aggregator, w(G).
 
     Args:
         gramian: (K, K) symmetric, positive semidefinite; the lower triangle is read. Any float dtype and device.
         method: a name ("mgda"), with its options as keywords, or an object (`flatmtl.CAGrad(c=0.2)`).
-        draw: number of the draw, for methods that draw (PCGrad).
+        draw: number of the draw, for methods that draw (PCGrad, GradVac).
+        state: what a method that learns from step to step (GradVac) has learnt, as `Aggregator.new_state` makes it;
+            changed in place, and left alone on an error. None starts afresh and forgets.
 
     Returns:
         (K,), float64, on the CPU. All 0 where the method has no finite solution (the rows are Pareto-stationary).
 
     Raises:
-        ValueError, TypeError: not a K x K matrix; unknown method or option.
+        ValueError, TypeError: not a K x K matrix; unknown method or option; a state of another size or dtype.
         RuntimeError: the Gramian holds Inf or NaN (the message names the row), or requires grad in grad mode.
     """
     aggregator = get_aggregator(method, **options)
@@ -67,17 +71,17 @@ def weights(gramian: Tensor, method: str | Aggregator, *, draw: int = 0, **optio
     if not gramian.is_floating_point():
         raise TypeError(f"flatmtl.weights: gramian is {gramian.dtype}; it must be a float dtype")
     _check_no_grad("weights", "gramian", gramian)
-    return _weights(gramian, aggregator, draw)
+    return _weights("weights", gramian, aggregator, draw, state)
 
 
 def aggregate(
-    rows: Rows, method: str | Aggregator, *, draw: int = 0, **options: Any
+    rows: Rows, method: str | Aggregator, *, draw: int = 0, state: Tensor | None = None, **options: Any
 ) -> Tensor | list[Tensor]:  # fmt: skip
     """The update of an aggregator, SUM_i w_i x_i with w = w(G).
 
     Args:
         rows: a K x P tensor, or a sequence of K sequences of tensors.
-        method, draw, options: as for `weights`.
+        method, draw, state, options: as for `weights`.
 
     Returns:
         A P-vector, or a list shaped like one row, in the rows' dtype and on their device.
@@ -93,19 +97,33 @@ def aggregate(
     for i, square in enumerate(products.diagonal().tolist()):
         if not math.isfinite(square):
             raise RuntimeError(f"flatmtl.aggregate: rows[{i}] holds Inf or NaN (its squared norm is {square})")
-    values = _weights(products, aggregator, draw)
+    values = _weights("aggregate", products, aggregator, draw, state)
     with torch.no_grad():
         out = [torch.empty_like(tensor) for tensor in matrix[0]]
     backend.combine_(out, matrix, values)
     return out[0] if isinstance(rows, Tensor) else out
 
 
-def _weights(gramian: Tensor, aggregator: Aggregator, draw: int) -> Tensor:
+def _weights(function: str, gramian: Tensor, aggregator: Aggregator, draw: int, state: Tensor | None) -> Tensor:
     with torch.no_grad():
         gramian = gramian.to("cpu", torch.float64).contiguous()
         options = aggregator.option_values(len(gramian), draw=draw)
-        values: Tensor = torch.ops.flatmtl.weights(gramian, aggregator.number, options)
+        if state is not None:
+            _check_state(function, state, aggregator, len(gramian))
+        values: Tensor = torch.ops.flatmtl.weights(gramian, aggregator.number, options, state)
     return values
+
+
+def _check_state(function: str, state: Tensor, aggregator: Aggregator, tasks: int) -> None:
+    size = aggregator.state_size(tasks)
+    if size == 0:
+        raise ValueError(f"flatmtl.{function}: {aggregator.name} has no state, but one was given")
+    if state.dtype != torch.float64 or state.device.type != "cpu" or tuple(state.shape) != (size,):
+        raise ValueError(
+            f"flatmtl.{function}: state is {state.dtype} of shape {tuple(state.shape)} on {state.device}; "
+            f"{aggregator.name} needs a torch.float64 one of shape ({size},) on the CPU for {tasks} tasks "
+            "(new_state() makes it)"
+        )
 
 
 def _backend(matrix: list[list[Tensor]]) -> ModuleType:

@@ -24,7 +24,7 @@ struct Result {
 Result solve(fm_solver solver, int n, const Matrix &gramian, double option = 0.4) {
   Matrix work(fm_solve_work(n), std::nan(""));
   Result result{FLATMTL_OK, Matrix(n, std::nan(""))};
-  const fm_solve problem = {n, gramian.data(), &option, 0, work.data()};
+  const fm_solve problem = {n, gramian.data(), &option, 0, nullptr, work.data()};
   result.status = solver(&problem, result.w.data());
   return result;
 }

@@ -70,9 +70,13 @@ struct Result {
   flatmtl_status families[2];
 };
 
-Result step_weights(const flatmtl_settings &settings, const Matrix &g, const Matrix &f,
-                    flatmtl_error *error = nullptr) {
+// With a fresh state where the settings need one and have none.
+Result step_weights(flatmtl_settings settings, const Matrix &g, const Matrix &f, flatmtl_error *error = nullptr) {
   const int32_t n = g.rows;
+  int64_t count = 0;
+  REQUIRE(flatmtl_step_state_size(&settings, n, &count, nullptr) == FLATMTL_OK);
+  Vec fresh(static_cast<size_t>(count));
+  if (!settings.state) settings.state = fresh.data();
   Matrix pair(2 * n, g.columns), s = g;
   std::copy(g.values.begin(), g.values.end(), pair.values.begin());
   std::copy(f.values.begin(), f.values.end(), pair.values.begin() + static_cast<long>(g.values.size()));
@@ -116,8 +120,8 @@ TEST_CASE("step weights: every method, combination and scale against explicit ve
     Matrix f = normal_rows(random, n, 2 * n + 5);
     for (double &x : f.values) x *= 1e-4;
     for (const Named &named : all_methods(n)) {
-      // PCGrad draws afresh in every call, which the plain solve cannot; up to two tasks there is nothing to draw.
-      if (named.method == FLATMTL_PCGRAD && n > 2) continue;
+      // These draw afresh in every call, which the plain solve cannot; up to two tasks there is nothing to draw.
+      if ((named.method == FLATMTL_PCGRAD || named.method == FLATMTL_GRADVAC) && n > 2) continue;
       for (flatmtl_combination combine : COMBINATIONS) {
         for (flatmtl_family_scale scale : {FLATMTL_SCALE_NONE, FLATMTL_SCALE_RMS}) {
           CAPTURE(n, flatmtl_method_name(named.method), combine, scale);
@@ -178,7 +182,8 @@ TEST_CASE("families of zeros: finite weights, and the status of the family conce
     for (flatmtl_combination combine : COMBINATIONS) {
       for (flatmtl_family_scale scale : {FLATMTL_SCALE_NONE, FLATMTL_SCALE_RMS}) {
         CAPTURE(flatmtl_method_name(named.method), combine, scale);
-        const bool solves = named.method == FLATMTL_IMTL_G || named.degree != 1;
+        const bool solves = named.method == FLATMTL_IMTL_G || named.method == FLATMTL_ALIGNED_MTL ||
+                            named.method == FLATMTL_CONFIG || named.method == FLATMTL_NTKMTL || named.degree != 1;
         const flatmtl_settings settings = settings_for(named, combine, scale);
         const Result flat = step_weights(settings, g, zero), both = step_weights(settings, zero, zero);
         for (const Result &r : {flat, both}) {

@@ -48,12 +48,18 @@ struct Solved {
   Vec weights;
 };
 
-inline Solved weights_of(flatmtl_method method, const Vec &options, const Vec &g, flatmtl_error *error = nullptr) {
+// state: NULL for a fresh one.
+inline Solved weights_of(flatmtl_method method, const Vec &options, const Vec &g, flatmtl_error *error = nullptr,
+                         Vec *state = nullptr) {
   const auto n = static_cast<int32_t>(std::lround(std::sqrt(static_cast<double>(g.size()))));
   Context context(n);
   Solved solved{FLATMTL_OK, Vec(static_cast<size_t>(n), NAN)};
+  int64_t count = 0;
+  if (flatmtl_state_size(method, n, &count, error) != FLATMTL_OK) std::abort();
+  Vec fresh(static_cast<size_t>(count));
+  if (!state) state = &fresh;
   solved.status = flatmtl_weights(context, method, options.data(), static_cast<int32_t>(options.size()), n, g.data(),
-                                  solved.weights.data(), error);
+                                  state->data(), solved.weights.data(), error);
   return solved;
 }
 
@@ -63,7 +69,7 @@ struct Named {
   double degree;
 };
 
-// Every method that sees nothing but the Gramian, with its degree.
+// Every method, with its degree.
 inline std::vector<Named> all_methods(int32_t n) {
   Vec fixed;
   for (int32_t i = 0; i < n; i++) fixed.push_back(0.5 + i);
@@ -77,5 +83,14 @@ inline std::vector<Named> all_methods(int32_t n) {
           {FLATMTL_NASH_MTL, {}, 0},
           {FLATMTL_FAIRGRAD, {2}, -1.0 / 3},
           {FLATMTL_FAIRGRAD, {0.5}, 1.0 / 3},
-          {FLATMTL_FAIRGRAD, {1}, 0}};
+          {FLATMTL_FAIRGRAD, {1}, 0},
+          {FLATMTL_GRADVAC, {0.5, 3, 17}, 1},
+          {FLATMTL_ALIGNED_MTL, {0, 0x1p-23}, 1},
+          {FLATMTL_ALIGNED_MTL, {1, 0x1p-23}, 1},
+          {FLATMTL_ALIGNED_MTL, {2, 0x1p-52}, 1},
+          {FLATMTL_UPGRAD, {}, 1},
+          {FLATMTL_DUALPROJ, {}, 1},
+          {FLATMTL_CONFIG, {}, 1},
+          {FLATMTL_NTKMTL, {0.5}, 1},
+          {FLATMTL_NTKMTL, {0.75}, 1}};
 }

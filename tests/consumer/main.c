@@ -22,7 +22,7 @@ int main(int argc, char **argv) {
   }
   context.workspace = workspace;
   context.workspace_size = sizeof workspace;
-  const flatmtl_status status = flatmtl_weights(&context, FLATMTL_MGDA, NULL, 0, 2, gramian, weights, &error);
+  const flatmtl_status status = flatmtl_weights(&context, FLATMTL_MGDA, NULL, 0, 2, gramian, NULL, weights, &error);
   if (status != FLATMTL_OK) {
     char message[256];
     flatmtl_error_message(&error, message, sizeof message);

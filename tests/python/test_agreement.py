@@ -17,8 +17,11 @@ OPTIONS: dict[str, list[dict]] = {
     "cagrad": [{}, {"c": 0.0}, {"c": 0.1}, {"c": 0.9}],
     "fairgrad": [{}, {"alpha": 0.5}, {"alpha": 1.0}, {"alpha": 5.0}],
     "pcgrad": [{}, {"seed": 123456789}],
+    "gradvac": [{}, {"seed": 123456789, "beta": 0.5}],
+    "aligned_mtl": [{}, {"scale": "median"}, {"scale": "rmse"}],
+    "ntkmtl": [{}, {"exponent": 0.75}, {"exponent": 1}],
 }
-METHODS = ["sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad"]
+METHODS = list(reference.METHODS)
 
 
 def summands(weights: Tensor, gramian: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ def test_weights(name: str, tasks: int, spread: float) -> None:
         for options in OPTIONS.get(name, [{}]):
             if name == "fixed":
                 options = {"values": [float(i) - 1 for i in range(tasks)]}
+            if name in ("upgrad", "dualproj") and seed % 2:
+                options = {"preference": [1.0 + i % 3 for i in range(tasks)]}
             ours = summands(flatmtl.weights(gramian, name, draw=seed, **options), gramian)
             theirs = summands(reference.weights(gramian, name, draw=seed, **options), gramian)
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10 * float(theirs.abs().max()))

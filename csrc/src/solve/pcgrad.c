@@ -3,23 +3,8 @@
  * Every gradient g_i is projected, in a random order of the others, onto the normal plane of each g_j it conflicts with
  * at that moment; always against the original g_j. In coefficients c of the original gradients: with p = (G c)_j < 0,
  * c_j -= p / G_jj. The weights are the sum of the K coefficient vectors. */
-#include "../random.h"
+#include "order.h"
 #include "solve.h"
-
-/* Writes the tasks other than row in random order (Fisher-Yates). */
-static void shuffle_others(uint64_t sequence, int32_t row, int32_t num_tasks, double *order) {
-  int32_t count = 0;
-  for (int32_t j = 0; j < num_tasks; ++j) {
-    if (j != row) order[count++] = j;
-  }
-  for (int32_t m = count - 1; m >= 1; --m) {
-    sequence += FM_GOLDEN;
-    int32_t other = (int32_t)(fm_mix(sequence) % ((uint64_t)m + 1));
-    double swapped = order[m];
-    order[m] = order[other];
-    order[other] = swapped;
-  }
-}
 
 flatmtl_status fm_solve_pcgrad(const fm_solve *solve, double *weights) {
   int32_t n = solve->num_tasks;
@@ -27,7 +12,7 @@ flatmtl_status fm_solve_pcgrad(const fm_solve *solve, double *weights) {
   uint64_t seed = (uint64_t)solve->options[0], draw = (uint64_t)solve->options[1];
   for (int32_t i = 0; i < n; ++i) weights[i] = 0.0;
   for (int32_t row = 0; row < n; ++row) {
-    shuffle_others(fm_start_sequence(seed, draw, solve->call, (uint64_t)row), row, n, order);
+    fm_shuffle_others(fm_start_sequence(seed, draw, solve->call, (uint64_t)row), row, n, order);
     for (int32_t j = 0; j < n; ++j) c[j] = j == row ? 1.0 : 0.0;
     for (int32_t k = 0; k < n - 1; ++k) {
       int32_t j = (int32_t)order[k];

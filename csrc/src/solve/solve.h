@@ -14,6 +14,7 @@ typedef struct fm_solve {
   const double *gramian; /* [K * K] */
   const double *options;
   uint64_t call; /* number of this call of A within the step, for methods that draw */
+  double *state; /* fm_state_size(method, K) doubles, in and out; NULL if none */
   double *work;  /* fm_solve_work(K) doubles, contents undefined */
 } fm_solve;
 
@@ -32,5 +33,11 @@ flatmtl_status fm_solve_cagrad(const fm_solve *solve, double *weights);
 flatmtl_status fm_solve_imtl_g(const fm_solve *solve, double *weights);
 flatmtl_status fm_solve_nash_mtl(const fm_solve *solve, double *weights);
 flatmtl_status fm_solve_fairgrad(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_gradvac(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_aligned_mtl(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_upgrad(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_dualproj(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_config(const fm_solve *solve, double *weights);
+flatmtl_status fm_solve_ntkmtl(const fm_solve *solve, double *weights);
 
 #endif

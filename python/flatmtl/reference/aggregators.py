@@ -11,17 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import projections
+
 EPS = torch.finfo(torch.float64).eps
 
 
-def weights(gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, **options: Any) -> Tensor:
+def weights(
+    gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, state: Tensor | None = None, **options: Any
+) -> Tensor:
     """The weights w(G) of the method called `name`.
 
     Args:
         gramian: (K, K), G_ij = <g_i, g_j>, finite.
         name: one of METHODS.
         draw, call: number of the optimizer's step and of the call within it, for methods that draw at random.
-        options: `values` (fixed), `seed` (pcgrad), `c` (cagrad), `alpha` (fairgrad).
+        state: of gradvac, its K x K targets, changed in place; None starts afresh.
+        options: `values` (fixed), `seed` (pcgrad, gradvac), `c` (cagrad), `alpha` (fairgrad), `beta` (gradvac), `scale`
+            and `tolerance` (aligned_mtl), `preference` (upgrad, dualproj), `exponent` (ntkmtl).
 
     Returns:
         (K,) f64.
@@ -34,8 +40,10 @@ def weights(gramian: Tensor, name: str, *, draw: int = 0, call: int = 0, **optio
     if not gramian.isfinite().all():
         row = int((~gramian.isfinite()).any(1).nonzero()[0])
         raise ValueError(f"the Gramian of row {row} is not finite")
-    if name == "pcgrad":
+    if name in ("pcgrad", "gradvac"):
         options |= {"draw": draw, "call": call}
+    if name == "gradvac":
+        options["state"] = state
     return METHODS[name](gramian, **options)
 
 
@@ -178,6 +186,11 @@ def pcgrad(gramian: Tensor, seed: int = 0, draw: int = 0, call: int = 0) -> Tens
     return total
 
 
+def gradvac(gramian: Tensor, seed: int = 0, draw: int = 0, call: int = 0, **options: Any) -> Tensor:
+    """GradVac in the random orders of :func:`pcgrad`; see :func:`projections.gradvac`."""
+    return projections.gradvac(gramian, lambda i: _others(i, len(gramian), seed, draw, call), **options)
+
+
 def _others(row: int, num_tasks: int, seed: int, draw: int, call: int) -> list[int]:
     """The other tasks in an order that (seed, draw, call, row) fix: Fisher-Yates on a counter-based generator."""
     state = 0
@@ -291,4 +304,6 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "imtl_g": imtl_g,
     "nash_mtl": nash_mtl,
     "fairgrad": fairgrad,
+    "gradvac": gradvac,
+    **projections.PROJECTIONS,
 }

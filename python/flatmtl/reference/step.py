@@ -49,11 +49,15 @@ def aggregate(rows: Rows, name: str, **options: Any) -> Tensor | list[Tensor]:
 
 
 class _Calls:
-    """A = w(G), with the family scale; counts its calls within a step for the methods that draw at random."""
+    """A = w(G), with the family scale; counts its calls within a step for the methods that draw at random, and keeps
+    the state of each call for those that learn."""
 
-    def __init__(self, aggregator: str | Solver, family_scale: str | None, draw: int, options: dict[str, Any]) -> None:
+    def __init__(
+        self, aggregator: str | Solver, family_scale: str | None, draw: int, options: dict[str, Any],
+        states: dict[int, Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.aggregator, self.family_scale, self.draw, self.options = aggregator, family_scale, draw, options
-        self.call = 0
+        self.call, self.states = 0, {} if states is None else states
 
     def __call__(self, gramian: Tensor, pair: bool = False) -> Tensor:
         """w(G); `pair` marks a call with two rows that are not tasks, where fixed weights mean their sum."""
@@ -64,7 +68,13 @@ class _Calls:
             return self.aggregator(gramian)
         if pair and self.aggregator == "fixed":
             return torch.ones(2, dtype=torch.float64)
-        return weights(gramian, self.aggregator, draw=self.draw, call=call, **self.options)
+        options = {k: v for k, v in self.options.items() if not (pair and k == "preference")}  # one number a task
+        state = (
+            self.states.setdefault(call, torch.zeros_like(gramian, device="cpu"))
+            if self.aggregator == "gradvac"
+            else None
+        )
+        return weights(gramian, self.aggregator, draw=self.draw, call=call, state=state, **options)
 
 
 def step_weights(
@@ -153,7 +163,7 @@ class FlatMTL:
                 raise ValueError(f"{value!r} is none of {choices}")
         self.optimizer = optimizer
         self.aggregator, self.options = aggregator, dict(options or {})
-        if aggregator == "pcgrad":
+        if aggregator in ("pcgrad", "gradvac"):
             self.options.setdefault("seed", seed)
         self.weighting = weighting
         self.rho_shared, self.rho_task = rho if isinstance(rho, tuple) else (rho, rho)
@@ -162,6 +172,7 @@ class FlatMTL:
         self.declared = None if shared is None else set(shared)
         self.shared: set[Tensor] = self.declared or set()
         self.steps = 0
+        self.states: dict[int, Tensor] = {}  # of the aggregator, by the number of its call in a step
 
     def step(self, closure: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
         """`backward(closure)`, then the wrapped optimizer's step. Returns the losses at the unperturbed point."""
@@ -201,7 +212,7 @@ class FlatMTL:
         if self.weighting is not None:
             norms = gramian(g).diagonal().sqrt().tolist()
             c = self.weighting([float(loss) for loss in losses], norms, draw=self.steps)
-        calls = _Calls(self.aggregator, self.family_scale, self.steps, self.options)
+        calls = _Calls(self.aggregator, self.family_scale, self.steps, self.options, self.states)
         self.steps += 1
         if self.rho_shared == self.rho_task == 0:
             g, own_updates = _times(c, g), _times(c, h)

@@ -12,19 +12,29 @@ def gramian(rows: list[list[Tensor]]) -> Tensor:
     return result
 
 
-def weights(gramian: Tensor, method: str, options: list[float]) -> Tensor:
-    """Weights of an aggregator for a (K, K) Gramian, (K,) float64."""
+def weights(gramian: Tensor, method: str, options: list[float], state: Tensor | None = None) -> Tensor:
+    """Weights of an aggregator for a (K, K) Gramian, (K,) float64.
+
+    state: of gradvac, (K * K,) float64, zeros at the start; changed in place. Without one it starts afresh.
+    """
     if torch.is_grad_enabled() and gramian.requires_grad:
         raise RuntimeError("flatmtl.script: gramian requires grad; call this under torch.no_grad(), or detach it")
     double = gramian.to(torch.float64).contiguous()
-    result: Tensor = torch.ops.flatmtl.weights(double, method_number(method), options)
+    result: Tensor = torch.ops.flatmtl.weights(double, method_number(method), options, state)
     return result
 
 
-def aggregate(rows: list[list[Tensor]], method: str, options: list[float]) -> list[Tensor]:
-    """The update SUM_i w_i x_i, shaped like one row."""
-    result: list[Tensor] = torch.ops.flatmtl.aggregate(_flat(rows), len(rows), method_number(method), options)
-    return result
+def aggregate(
+    rows: list[list[Tensor]], method: str, options: list[float], state: Tensor | None = None
+) -> list[Tensor]:  # fmt: skip
+    """The update SUM_i w_i x_i, shaped like one row. state: as for `weights`."""
+    if state is None:
+        result: list[Tensor] = torch.ops.flatmtl.aggregate(_flat(rows), len(rows), method_number(method), options)
+        return result
+    values = weights(gramian(rows), method, options, state)
+    out = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in rows[0]]
+    torch.ops.flatmtl.combine_([tensor for tensor in out], _flat(rows), len(rows), values)
+    return out
 
 
 def loss_weights(
@@ -78,7 +88,10 @@ def gradients(losses: list[Tensor], params: list[Tensor]) -> list[list[Tensor | 
 
 def method_number(method: str) -> int:
     """The number of an aggregator, by its name."""
-    names = ["sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad"]
+    names = [
+        "sum", "mean", "fixed", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad", "gradvac",
+        "aligned_mtl", "upgrad", "dualproj", "config", "ntkmtl",
+    ]  # fmt: skip
     for number, name in enumerate(names):
         if name == method:
             return number
