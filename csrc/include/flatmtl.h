@@ -230,15 +230,15 @@ typedef enum flatmtl_method {
   FLATMTL_GRADVAC = 9,  /* 2010.05874, whole model, summed over tasks. Rows g_i' are turned towards the g_j, in random
                            order, up to the target cosine t_ij; t_ij += beta (observed cosine - t_ij). options: beta in
                            [0, 1], 0.01; seed; draw, as in pcgrad. state: one matrix K x K, t. Degree 1. */
-  FLATMTL_ALIGNED_MTL = 10, /* w = s^(1/2) G^(+1/2) 1 (CVPR 2023). s is an eigenvalue of G: options: scale 0 the least, 1
-                               the (lower) median, 2 the mean, 0; tolerance in [0, 1): eigenvalues up to tolerance K
+  FLATMTL_ALIGNED_MTL = 10, /* w = s^(1/2) G^(+1/2) 1 (CVPR 2023). s is an eigenvalue of G: options: scale 0 the least,
+                               1 the (lower) median, 2 the mean, 0; tolerance in [0, 1): eigenvalues up to tolerance K
                                times the largest count as 0 everywhere, 2^-23. Degree 1. */
   FLATMTL_UPGRAD = 11,      /* w = SUM_i argmin v'Gv, v >= p_i e_i (2406.16232). options: the preference p, K numbers
                                >= 0, 1/K. Degree 1. */
   FLATMTL_DUALPROJ = 12,    /* w = argmin v'Gv, v >= p (GEM, 1706.08840). options: as upgrad. Degree 1. */
   FLATMTL_CONFIG = 13,      /* w_i = l v_i / d_i, v = C^+ 1, C = D^-1 G D^-1, l = d'Cv / 1'v (2408.11104). Degree 1. */
-  FLATMTL_NTKMTL = 14,      /* w_i = (S / G_ii)^p, S the mean of G_ii over the rows that are not zero (NTKMTL, NeurIPS 2025,
-                               with one batch, n = 1). options: p in [0, 1], 0.5. Degree 1. */
+  FLATMTL_NTKMTL = 14, /* w_i = (S / G_ii)^p, S the mean of G_ii over the rows that are not zero (NTKMTL, NeurIPS 2025,
+                          with one batch, n = 1). options: p in [0, 1], 0.5. Degree 1. */
   FLATMTL_NUM_METHODS = 15
 } flatmtl_method;
 
@@ -312,9 +312,9 @@ typedef struct flatmtl_settings {
   double *state;     /* [flatmtl_step_state_size], the caller's, in and out; NULL where that is 0 */
 } flatmtl_settings;
 
-/* Doubles of state of a step: the blocks of flatmtl_state_size of its calls of A, in the order of the calls. decomposed:
- * loss family, flat family (K tasks each); direct: one block of K; second: loss, flat, then the call that joins the two
- * (2 tasks); each: K blocks of 2 tasks, then one of K. Only method and combine of settings are used. */
+/* Doubles of state of a step: the blocks of flatmtl_state_size of its calls of A, in the order of the calls.
+ * decomposed: loss family, flat family (K tasks each); direct: one block of K; second: loss, flat, then the call that
+ * joins the two (2 tasks); each: K blocks of 2 tasks, then one of K. Only method and combine of settings are used. */
 FLATMTL_API flatmtl_status flatmtl_step_state_size(const flatmtl_settings *settings, int32_t num_tasks, int64_t *count,
                                                    flatmtl_error *error);
 

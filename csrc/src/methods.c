@@ -250,7 +250,8 @@ flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method me
   if (status < 0) return status;
   if (!gramian) return fm_fail(error, FLATMTL_ERROR_NULL, "gramian", -1, -1, NAN);
   if (!weights) return fm_fail(error, FLATMTL_ERROR_NULL, "weights", -1, -1, NAN);
-  size_t n = (size_t)num_tasks, bytes = n * sizeof(double), state_bytes = fm_state_size(method, num_tasks) * sizeof(double);
+  size_t n = (size_t)num_tasks, bytes = n * sizeof(double),
+         state_bytes = fm_state_size(method, num_tasks) * sizeof(double);
   if (fm_overlap(weights, bytes, gramian, n * bytes) || fm_overlap(weights, bytes, state, state_bytes)) {
     return fm_fail(error, FLATMTL_ERROR_OVERLAP, "weights", -1, -1, NAN);
   }

@@ -158,8 +158,8 @@ TEST_CASE("what is refused, and that nothing is written then") {
   Vec w = {7, 7};
   flatmtl_error error;
   const auto call = [&](flatmtl_method method, const Vec &options, int32_t n = 2) {
-    return flatmtl_weights(context, method, options.data(), static_cast<int32_t>(options.size()), n, g.data(), nullptr, w.data(),
-                           &error);
+    return flatmtl_weights(context, method, options.data(), static_cast<int32_t>(options.size()), n, g.data(), nullptr,
+                           w.data(), &error);
   };
   CHECK(call(static_cast<flatmtl_method>(99), {}) == FLATMTL_ERROR_NAME);
   CHECK(call(FLATMTL_SUM, {}, 0) == FLATMTL_ERROR_NUM_TASKS);
@@ -172,9 +172,12 @@ TEST_CASE("what is refused, and that nothing is written then") {
   for (double a : {0.0, -1.0, static_cast<double>(INFINITY)})
     CHECK(call(FLATMTL_FAIRGRAD, {a}) == FLATMTL_ERROR_OPTION);
   for (double s : {-1.0, 0.5, 0x1p53}) CHECK(call(FLATMTL_PCGRAD, {0, s}) == FLATMTL_ERROR_OPTION);
-  CHECK(flatmtl_weights(context, FLATMTL_CAGRAD, nullptr, 1, 2, g.data(), nullptr, w.data(), &error) == FLATMTL_ERROR_NULL);
-  CHECK(flatmtl_weights(context, FLATMTL_CAGRAD, nullptr, -1, 2, g.data(), nullptr, w.data(), &error) == FLATMTL_ERROR_SIZE);
-  CHECK(flatmtl_weights(nullptr, FLATMTL_SUM, nullptr, 0, 2, g.data(), nullptr, w.data(), &error) == FLATMTL_ERROR_NULL);
+  CHECK(flatmtl_weights(context, FLATMTL_CAGRAD, nullptr, 1, 2, g.data(), nullptr, w.data(), &error) ==
+        FLATMTL_ERROR_NULL);
+  CHECK(flatmtl_weights(context, FLATMTL_CAGRAD, nullptr, -1, 2, g.data(), nullptr, w.data(), &error) ==
+        FLATMTL_ERROR_SIZE);
+  CHECK(flatmtl_weights(nullptr, FLATMTL_SUM, nullptr, 0, 2, g.data(), nullptr, w.data(), &error) ==
+        FLATMTL_ERROR_NULL);
   CHECK(flatmtl_weights(context, FLATMTL_SUM, nullptr, 0, 2, nullptr, nullptr, w.data(), &error) == FLATMTL_ERROR_NULL);
   CHECK(flatmtl_weights(context, FLATMTL_SUM, nullptr, 0, 2, g.data(), nullptr, nullptr, &error) == FLATMTL_ERROR_NULL);
   flatmtl_context small = *static_cast<const flatmtl_context *>(context);

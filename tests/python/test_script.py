@@ -4,7 +4,7 @@ import flatmtl
 import pytest
 import torch
 from flatmtl import _ops
-from gradients import random_rows
+from gradients import assert_row, matrix, random_rows
 from torch import Tensor
 
 
@@ -77,3 +77,29 @@ def test_errors():
         scripted([[torch.ones(2, requires_grad=True)]])
     with torch.no_grad():
         scripted([[torch.ones(2, requires_grad=True)]])
+
+
+@torch.jit.script
+def scripted_weights(gramian: torch.Tensor, method: str, options: list[float], state: torch.Tensor) -> torch.Tensor:
+    return flatmtl.script.weights(gramian, method, options, state)
+
+
+@torch.jit.script
+def scripted_update(rows: list[list[torch.Tensor]], options: list[float], state: torch.Tensor) -> list[torch.Tensor]:
+    return flatmtl.script.aggregate(rows, "gradvac", options, state)
+
+
+def test_state():
+    rows, options = random_rows(3), [0.5, 1.0, 2.0]
+    gramian = flatmtl.gramian(rows)
+    states = [torch.zeros(9, dtype=torch.float64) for _ in range(3)]
+    for _ in range(2):  # the second time from what the first has left
+        weights = scripted_weights(gramian, "gradvac", options, states[0])
+        expected = flatmtl.weights(gramian, flatmtl.GradVac(beta=0.5, seed=1), draw=2, state=states[1])
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+        update = scripted_update(rows, options, states[2])
+        assert_row(update, expected.numpy() @ matrix(rows), rows[0])
+        assert torch.equal(states[0], states[1])
+        assert torch.equal(states[0], states[2])
+        assert states[0].count_nonzero() == 6
+    assert len(rows[0]) == 6  # the caller's list is whole

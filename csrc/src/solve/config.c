@@ -1,9 +1,9 @@
 /* config.c - ConFIG (Liu et al., 2408.11104): the direction with equal cosines to all gradients, as long as the sum of
  * the gradients' projections on it.
  *
- * Direction SUM_i v_i u_i with u_i = g_i / d_i and v = C^+ 1, C the cosine matrix: its square is v'Cv = 1'v and its inner
- * products with the u_i are (Cv)_i, all 1 where C has full rank. So w_i = (d'Cv / 1'v) v_i / d_i. Zero rows are left
- * out. Where C^+ 1 = 0 there is no direction. */
+ * Direction SUM_i v_i u_i with u_i = g_i / d_i and v = C^+ 1, C the cosine matrix: its square is v'Cv = 1'v and its
+ * inner products with the u_i are (Cv)_i, all 1 where C has full rank. So w_i = (d'Cv / 1'v) v_i / d_i. Zero rows are
+ * left out. Where C^+ 1 = 0 there is no direction. */
 #include <math.h>
 #include <stddef.h>
 

@@ -81,7 +81,7 @@ static int apply_pseudo(int32_t n, int32_t rank, double *b, int32_t stride, doub
 }
 
 int fm_solve_deficient(int32_t n, double *c, const double *d, double *w, double *b, int32_t *permutation,
-                           double *scratch) {
+                       double *scratch) {
   int32_t rank = fm_cholesky_pivoted(n, c, n, 8.0 * n * FM_EPS, permutation), *order = permutation + n;
   for (int32_t i = 0; i < n; ++i) { /* insertion sort: the longest row first */
     int32_t k = i;

@@ -1,8 +1,8 @@
 /* upgrad.c - UPGrad (Quinton and Rey, 2406.16232): every p_i g_i is projected on the dual cone, and the projections are
  * summed: w = SUM_i v^(i), v^(i) = argmin v'Gv over v >= p_i e_i.
  *
- * With v = p_i e_i + D^-1 y the i-th problem is that of cone.h for the offset p_i D_i e_i; both are solved for the offset
- * e_i and multiplied. */
+ * With v = p_i e_i + D^-1 y the i-th problem is that of cone.h for the offset p_i D_i e_i; both are solved for the
+ * offset e_i and multiplied. */
 #include <math.h>
 
 #include "cone.h"

@@ -31,10 +31,13 @@ def aggregate(
     if state is None:
         result: list[Tensor] = torch.ops.flatmtl.aggregate(_flat(rows), len(rows), method_number(method), options)
         return result
-    values = weights(gramian(rows), method, options, state)
-    out = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in rows[0]]
-    torch.ops.flatmtl.combine_([tensor for tensor in out], _flat(rows), len(rows), values)
-    return out
+    # By fixed weights: TorchScript drops a mutating op that writes to the tensors of a copied list.
+    solved = weights(
+        gramian(rows), method, options, state
+    )  # apart: TorchScript evaluates what tolist is called on twice
+    values: list[float] = solved.tolist()
+    update: list[Tensor] = torch.ops.flatmtl.aggregate(_flat(rows), len(rows), method_number("fixed"), values)
+    return update
 
 
 def loss_weights(
