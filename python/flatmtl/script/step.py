@@ -53,9 +53,14 @@ class Step(nn.Module):
         self.shared = [i for i, p in enumerate(self.params) if p in declared]  # indices
         self.own = [i for i, p in enumerate(self.params) if p not in declared]
         chosen = get_aggregator(aggregator)
-        self.method = chosen.number
-        self.is_pcgrad, self.is_fixed = isinstance(chosen, PCGrad), isinstance(chosen, Fixed)
-        self.options = chosen.option_values(len(chosen.values) if isinstance(chosen, Fixed) else 1, seed=seed)
+        self.method, self.aggregator_name = chosen.number, type(chosen).__name__
+        if chosen.state_size(1):
+            raise ValueError(
+                f"aggregator {chosen.name!r} keeps a state from step to step, which flatmtl.script does not"
+            )
+        per_task = chosen.values if isinstance(chosen, Fixed) else getattr(chosen, "preference", None)
+        self.is_pcgrad, self.is_fixed = isinstance(chosen, PCGrad), per_task is not None
+        self.options = chosen.option_values(1 if per_task is None else len(per_task), seed=seed)
         self.rho_shared, self.rho_task = _radii(rho)
         self.adaptive, self.eta = bool(adaptive), float(eta)
         if not 0.0 <= self.eta < math.inf:
@@ -210,7 +215,7 @@ class Step(nn.Module):
             options = [options[0], float(self.steps.item())]
         if self.is_fixed:
             if len(options) != len(grads):
-                raise RuntimeError(f"Fixed has {len(options)} values for {len(grads)} tasks")
+                raise RuntimeError(f"{self.aggregator_name} has {len(options)} values for {len(grads)} tasks")
             options = [options[task] for task in present]
         a, b, _ = torch.ops.flatmtl.step_weights(
             pair, perturbed_gramian, self.method, options, self.combine if flat else 0, self.family_scale

@@ -74,10 +74,11 @@ class Aggregator {
                                     const std::vector<int64_t> &present) const {
     if (method_ == FLATMTL_PCGRAD && options_.empty())
       return {static_cast<double>(seed_.value_or(seed)), static_cast<double>(draw)};
-    if (method_ != FLATMTL_FIXED) return options_;
+    const bool preference = method_ == FLATMTL_UPGRAD || method_ == FLATMTL_DUALPROJ;  // one number a task, or none
+    if (method_ != FLATMTL_FIXED && !(preference && !options_.empty())) return options_;
     if (static_cast<int64_t>(options_.size()) != num_tasks)
-      throw std::invalid_argument("Fixed has " + std::to_string(options_.size()) + " values for " +
-                                  std::to_string(num_tasks) + " tasks");
+      throw std::invalid_argument((preference ? name() : "Fixed") + " has " + std::to_string(options_.size()) +
+                                  " values for " + std::to_string(num_tasks) + " tasks");
     std::vector<double> values;
     for (const int64_t i : present) values.push_back(options_[static_cast<size_t>(i)]);
     return values;
