@@ -221,6 +221,23 @@ def gradients(
     return torch.autograd.grad(edges, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
 
 
+def gradients_of_each(losses: Sequence[Loss], inputs: Sequence[Tensor], scale: float) -> list[list[Tensor | None]]:
+    """The gradients of every loss by one batched backward (vmap over the vector-Jacobian products). Frees the graph."""
+    edges = [loss.edge for loss in losses if loss.edge is not None]
+    reached = [leaves(edge) for edge in edges]
+    seeds = []
+    for k, edge in enumerate(edges):
+        meta = edge.node._input_metadata[edge.output_nr]
+        seed = torch.zeros((len(edges), *meta.shape), dtype=meta.dtype, device=meta.device)
+        seed[k] = scale
+        seeds.append(seed)
+    grads = torch.autograd.grad(edges, inputs, grad_outputs=seeds, is_grads_batched=True, allow_unused=True)
+    return [
+        [None if g is None or x not in found else g[k] for g, x in zip(grads, inputs, strict=True)]
+        for k, found in enumerate(reached)
+    ]
+
+
 def nodes(edges: Iterable[GradientEdge], stop: Iterable[Any] = ()) -> Iterator[Any]:
     """The nodes of the graph behind the edges, each once, without looking behind those in `stop`."""
     seen, todo = {*stop}, [edge.node for edge in edges]

@@ -39,9 +39,9 @@ class Passes:
     def __init__(
         self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
         replay_rng: bool, loss_scale: float, roles_given: bool, sync: Alone, check_graph: bool = False,
-        features: Features | None = None,
+        features: Features | None = None, batched: bool = False,
     ) -> None:  # fmt: skip
-        self.sync = sync
+        self.sync, self.batched = sync, batched
         self.closure, self.point = closure, point
         self.arguments: list[tuple[Any, ...]] = [()] if batches is None else [(batch,) for batch in batches]
         self.buffers, self.interrupt, self.replay_rng = buffers, interrupt, replay_rng
@@ -133,12 +133,13 @@ class Passes:
         if self.check_graph:
             _losses.check_graph(losses)
         if total is None:
+            batched = self._gradients_of_each([loss for loss, _ in pairs], everything)
             for k, (loss, state) in enumerate(pairs):
                 last = k + 1 == len(pairs)
                 if self.features is not None:
                     self._differentiate_at_features(loss, state, last)
                     continue
-                state.grads = self._gradients([loss], everything, retain_graph=not last)
+                state.grads = batched[k] if batched else self._gradients([loss], everything, retain_graph=not last)
                 state.reached = [i for i, g in enumerate(state.grads) if g is not None]
             return
         if not pairs:
@@ -200,13 +201,19 @@ class Passes:
         for forward in self.forwards[m]:
             wanted = [i for i in forward.indices if i in states]
             losses = self._again(forward, wanted) if wanted else []
+            everything = sorted({j for i in wanted for j in states[i].reached})
+            batched = self._gradients_of_each(losses, everything)
             for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
                 reached = states[i].reached
                 if self.stop_at_features:
                     self._differentiate_at_features(loss, found[i], False)
                     found[i].loss = loss.value
                     continue
-                grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
+                if batched:
+                    at = dict(zip(everything, batched[k], strict=True))
+                    grads = [at[j] for j in reached]
+                else:
+                    grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
                 found[i].loss = loss.value
                 found[i].grads = [None] * len(self.point.tensors)
                 for j, g in zip(reached, grads, strict=True):
@@ -283,3 +290,13 @@ class Passes:
         with self.interrupt.window():
             grads = _losses.gradients(losses, tensors, self.loss_scale, retain_graph)
         return [None if g is None else self.point.fitted(i, g) for g, i in zip(grads, indices, strict=True)]
+
+    def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:
+        """The gradients of every loss by one batched backward; empty where that is not asked for."""
+        if not self.batched or len(losses) < 2 or self.features is not None:
+            return []
+        with self.interrupt.window():
+            rows = _losses.gradients_of_each(losses, [self.point.tensors[i] for i in indices], self.loss_scale)
+        return [
+            [None if g is None else self.point.fitted(i, g) for g, i in zip(row, indices, strict=True)] for row in rows
+        ]

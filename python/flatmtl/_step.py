@@ -45,6 +45,7 @@ class Settings:
     family_scale: str | None
     max_norm: float | None
     features: list[nn.Module] | None
+    batched: bool
     m_sharpness: bool
     replay_rng: bool
     seed: int
@@ -99,6 +100,7 @@ class Step:
             closure, batches, self.point, buffers=self.buffers, interrupt=self.interrupt,
             replay_rng=self.settings.replay_rng, loss_scale=self.loss_scale, roles_given=self.roles.fixed is not None,
             sync=self.sync, check_graph=any(t not in self.roles.of for t in self.tensors), features=features,
+            batched=self.settings.batched,
         )  # fmt: skip
         self.passes.stop_at_features = self.featured and not self.flat
         self.sync.start(self.params, f"{self.settings}, step {self.draw}")

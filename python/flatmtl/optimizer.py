@@ -88,6 +88,9 @@ class FlatMTL(Optimizer):
             (MGDA-UB, 1810.04650): K times cheaper in the trunk. Norms and cosines of the record are then those of the
             features' gradients. Works with ``rho=0``, and with ``flat="sam"``, ``"asam"`` or ``"fsam"`` and
             ``combine="direct"``; ``flat="mtcool"`` perturbs the features themselves.
+        batched: makes the backwards of one forward as a single batched one
+            (``torch.autograd.grad(is_grads_batched=True)``). Faster for small models and on a GPU; needs a vmap rule
+            for every operation, and rounds differently in the last bits.
         m_sharpness: with ``batches``, perturb along the gradient of each micro-batch instead of their mean.
         replay_rng: draw the same random numbers (dropout) in every pass of a step.
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
@@ -123,6 +126,7 @@ class FlatMTL(Optimizer):
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
         features: nn.Module | Iterable[nn.Module] | None = None,
+        batched: bool = False,
         m_sharpness: bool = False,
         replay_rng: bool = True,
         nonfinite: str = "raise",
@@ -164,7 +168,8 @@ class FlatMTL(Optimizer):
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
             get_aggregator(aggregator), weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            max_norm, self._read_features(features, mode, combine, rho), bool(m_sharpness), bool(replay_rng), seed,
+            max_norm, self._read_features(features, mode, combine, rho), bool(batched), bool(m_sharpness),
+            bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group

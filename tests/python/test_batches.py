@@ -101,3 +101,24 @@ def test_errors() -> None:
         optimizer.step(lambda b: losses_of(model, b)[: next(forms)], batches=split(x, y, 2))
     for a, b in zip(before, values(model), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, {"flat": "sam"}, {"rho": 0.0}, {"flat": "gsam", "m_sharpness": True}])
+def test_batched_backwards_give_the_same_step(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = batch(tasks=3)
+    results, calls = [], {False: 0, True: 0}
+    gradient = torch.autograd.grad
+    for batched in (False, True):
+
+        def counted(*args: object, batched: bool = batched, **kwargs: object) -> object:
+            calls[batched] += 1
+            return gradient(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(torch.autograd, "grad", counted)
+        model = two_heads(tasks=3)
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), batched=batched, aggregator="mgda", **options)  # type: ignore[arg-type]
+        optimizer.step(lambda b, model=model: losses_of(model, b), batches=split(x, y, 2))
+        results.append([*values(model), *optimizer.roles.state(list(model.parameters()))])
+    assert calls[True] < calls[False]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
