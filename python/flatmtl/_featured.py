@@ -35,6 +35,10 @@ def finish(step: Step) -> None:
         for k, state in enumerate(step.present):
             check_square(float(gramian[k, k]), state.task, "perturbed" if step.flat else "unperturbed")
         pair[:count, :count] = gramian
+        splits = getattr(step.settings.aggregator, "splits", 1)
+        if splits > 1:
+            gramian = at.spectra(indices, splits) * step.loss_scale**-2.0 * factors.square()
+            pair[:count, :count] = gramian
         weights, _, status = step._weights(pair, gramian if step.flat else None)
         step.interrupt.check()
         _write(step, at, weights * factors if len(step.tasks) > 1 else factors, factors)

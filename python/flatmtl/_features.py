@@ -133,6 +133,20 @@ class FeatureGradients:
             total += _backend.choose(z, torch.empty_like(z)).gramian([[self.rows[i][k]] for i in indices])
         return total
 
+    def spectra(self, indices: Sequence[int], splits: int) -> Tensor:
+        """(K, K) diagonal: the largest eigenvalue of each task's Gramian over equal parts of the batch (NTKMTL-SR)."""
+        for k, z in enumerate(self.features):
+            if z.dim() == 0 or z.shape[0] % splits:
+                raise ValueError(f"NTKMTL: splits is {splits}, but features[{k}] has a batch of {z.shape[:1]}")
+        largest = []
+        for i in indices:
+            total = torch.zeros(splits, splits, dtype=torch.float64)
+            for row in self.rows[i]:
+                parts = row.reshape(splits, -1).double()
+                total += (parts @ parts.T).cpu()
+            largest.append(torch.linalg.eigvalsh(total)[-1])
+        return torch.stack(largest).clamp(min=0.0).diag()
+
     def backward(self, indices: Sequence[int], weights: Tensor) -> dict[int, Tensor]:
         """SUM_i w_i g_i of the trunk's parameters, by one backward. Frees the graph."""
         seeds = []

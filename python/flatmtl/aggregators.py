@@ -405,27 +405,38 @@ class ConFIG(Aggregator):
 
 @dataclass(frozen=True)
 class NTKMTL(Aggregator):
-    """Spectral balancing of the tasks' neural tangent kernels, with one batch (the paper's n = 1).
+    """Spectral balancing of the tasks' neural tangent kernels.
 
-    w_i = (S / G_ii)^exponent, S the mean of the G_ii: with one batch the kernel of a task is the number G_ii. For an
-    exponent of 1/2 all gradients are brought to the same length, their root mean square, and added. Zero gradients get
-    weight 0 and do not count in S.
+    w_i = (S / G_ii)^exponent, S the mean of the G_ii: with one batch (the paper's n = 1) the kernel of a task is the
+    number G_ii. For an exponent of 1/2 all gradients are brought to the same length, their root mean square, and added.
+    Zero gradients get weight 0 and do not count in S.
 
-    Option: exponent = 0.5 in [0, 1], the paper's; the authors' NYUv2 script has 0.75, their code K times the weights
-    and the trace as S, sqrt(K) times the mean for 0.5. Cost O(K). With 0.5 the direction is invariant, the length is
-    not. Conflicts remain.
+    NTKMTL-SR: with `FlatMTL(features=)` the gradients are those of the features; splits = n > 1 (the paper's 4) cuts the
+    batch into n equal parts, and G_ii becomes the largest eigenvalue of task i's n x n Gramian over the parts.
+
+    Options: exponent = 0.5 in [0, 1], the paper's; the authors' NYUv2 script has 0.75, their code K times the weights
+    and the trace as S, sqrt(K) times the mean for 0.5. splits = 1. Cost O(K). With 0.5 the direction is invariant, the
+    length is not. Conflicts remain.
 
     NTKMTL: Mitigating Task Imbalance in Multi-Task Learning from Neural Tangent Kernel Perspective, NeurIPS 2025.
     """
 
     exponent: float = 0.5
+    splits: int = 1
 
     name = "ntkmtl"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exponent", float(self.exponent))
+        if not isinstance(self.splits, int) or self.splits < 1:
+            raise ValueError(f"NTKMTL: splits is {self.splits!r}; it must be an integer >= 1")
         if not 0.0 <= self.exponent <= 1.0:
             raise ValueError(f"NTKMTL: exponent is {self.exponent}; it must be in [0, 1]")
+
+    def option_values(
+        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
+    ) -> list[float]:
+        return [self.exponent]
 
 
 AGGREGATORS: dict[str, type[Aggregator]] = {

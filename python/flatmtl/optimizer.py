@@ -166,9 +166,10 @@ class FlatMTL(Optimizer):
             )
         if m_sharpness and mode.has_state:
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
+        made = get_aggregator(aggregator)
         self.settings = Settings(
-            get_aggregator(aggregator), weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            max_norm, self._read_features(features, mode, combine, rho), bool(batched), bool(m_sharpness),
+            made, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
+            max_norm, self._read_features(features, mode, combine, rho, made), bool(batched), bool(m_sharpness),
             bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
@@ -190,10 +191,14 @@ class FlatMTL(Optimizer):
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
 
-    def _read_features(self, features: Any, mode: Flatness, combine: str, rho: Any) -> list[nn.Module] | None:
+    def _read_features(
+        self, features: Any, mode: Flatness, combine: str, rho: Any, aggregator: Aggregator
+    ) -> list[nn.Module] | None:
         modules = read_modules(features)
         if modules is None and mode.needs_features:
             raise ValueError(f"flatness mode {mode.name!r} needs features=, the modules whose outputs the heads read")
+        if modules is None and getattr(aggregator, "splits", 1) > 1:
+            raise ValueError(f"{aggregator!r}: splits needs features=, the modules whose outputs the heads read")
         plain = mode.uses_rho and (max(rho) if isinstance(rho, (tuple, list)) else rho) == 0.0
         if modules is not None and not (mode.needs_features or plain or mode.works_at_features(combine)):
             raise ValueError(

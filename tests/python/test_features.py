@@ -251,3 +251,27 @@ def test_errors() -> None:
         flatmtl.FlatMTL(SGD(leaking.parameters(), lr=LR), rho=0.0, features=[leaking.a, leaking.b]).step(
             closure_of(leaking, *batch())
         )
+
+
+def test_ntkmtl_sr() -> None:
+    model, plain = two_heads(tasks=3), two_heads(tasks=3)
+    aggregator = flatmtl.NTKMTL(exponent=0.75, splits=4)
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), aggregator=aggregator, rho=0.0, features=model.trunk)
+    optimizer.step(closure_of(model, *batch(0, 3)))
+    rows, full = feature_rows(plain, 0)
+    spectra = torch.stack([torch.linalg.matrix_norm(z.reshape(4, -1), ord=2) ** 2 for z in rows])
+    w = (spectra.mean() / spectra) ** 0.75
+    torch.testing.assert_close(optimizer.last["weights_loss"], w, rtol=1e-10, atol=0)
+    trunk = sum(p.numel() for p in plain.trunk.parameters())
+    start = parameters_to_vector(plain.parameters()).detach()
+    expected = start[:trunk] - LR * (w @ torch.stack(full)[:, :trunk])
+    torch.testing.assert_close(
+        parameters_to_vector(model.parameters()).detach()[:trunk], expected, rtol=1e-9, atol=1e-12
+    )
+    with pytest.raises(ValueError, match="splits needs features="):
+        flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), aggregator=aggregator)
+    uneven = flatmtl.FlatMTL(
+        SGD(model.parameters(), lr=LR), aggregator=flatmtl.NTKMTL(splits=5), rho=0.0, features=model.trunk
+    )
+    with pytest.raises(ValueError, match="splits is 5, but"):
+        uneven.step(closure_of(model, *batch(0, 3)))
