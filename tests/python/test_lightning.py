@@ -86,7 +86,10 @@ def fitted(path: Path, module: Any, count: int = 4, size: int = 64, **options: A
     return run
 
 
-@pytest.mark.parametrize("case", ["plain", "clipped", "bf16", "f16 with GradScaler", "accumulated"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param("plain", marks=pytest.mark.slow), "clipped", "bf16", "f16 with GradScaler", "accumulated"],
+)
 def test_automatic_optimization_is_the_plain_loop(case: str, tmp_path: Path) -> None:
     module, model = Automatic(), digits.net()
     optimizer = digits.flat(model)
@@ -155,6 +158,7 @@ def test_a_run_resumed_from_a_checkpoint_is_the_undisturbed_one(tmp_path: Path) 
     assert digits.same(run.optimizers[0].state_dict(), undisturbed.optimizers[0].state_dict())
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path: Path) -> None:
     module = Automatic()
     fitted(tmp_path, module, count=20, max_epochs=4)

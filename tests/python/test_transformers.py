@@ -57,7 +57,7 @@ class InOrder(MultiTaskTrainer):
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.slow), 0.5])
 def test_the_trainer_is_the_plain_loop(clip: float, micro: int, tmp_path: Path) -> None:
     model, other = digits.net(norm=micro == 1), digits.net(norm=micro == 1)
     steps: list[Any] = digits.batches(4) if micro == 1 else [digits.batches(4)[:2], digits.batches(4)[2:]]
