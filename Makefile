@@ -14,10 +14,11 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(wildcard README.md) $(shell f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long compare lint clean
+.PHONY: help demo deploy test test-long compare lint clean
 
 help:
 	@echo 'make demo       train a two-task network on handwritten digits, with and without F-MTL'
+	@echo 'make deploy     train in Python, fine-tune in C++ without Python, and compare'
 	@echo 'make compare    time the C step against the same algorithm in plain PyTorch'
 	@echo 'make test       every check of a submission: linters, C and C++ tests, sanitizers, Python tests'
 	@echo 'make test-long  the slow ones too: thread sanitizer, valgrind, long property tests'
@@ -27,6 +28,15 @@ help:
 
 demo: $(STAMPS)/examples
 	$(PY) examples/demo.py
+
+# cmake: the one that is here, else from the package index into .venv/.
+deploy: $(STAMPS)/examples
+	@command -v cmake > /dev/null || $(PIP) install --quiet cmake
+	$(PY) examples/deploy/train.py runs/deploy
+	PATH="$$PATH:$(VENV)/bin" cmake -S examples/deploy -B build/deploy -DCMAKE_PREFIX_PATH="$$($(PY) -c 'import flatmtl, torch; print(flatmtl.cmake_prefix_path, torch.utils.cmake_prefix_path, sep=";")')"
+	PATH="$$PATH:$(VENV)/bin" cmake --build build/deploy
+	build/deploy/finetune runs/deploy
+	$(PY) examples/deploy/check.py runs/deploy
 
 compare: $(STAMPS)/cli
 	$(PY) -m flatmtl compare $(ARGS)

@@ -117,6 +117,22 @@ Tensor new_contiguous(const std::vector<int64_t> &sizes, int32_t torch_dtype) {
   return new_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), torch_dtype);
 }
 
+// ThreadSanitizer does not see that the pool of torch, which is not built for it, runs the body after the caller's
+// writes and before the caller goes on: this says so.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void *address);
+extern "C" void __tsan_release(void *address);
+void acquire(const void *address) {
+  __tsan_acquire(const_cast<void *>(address));
+}
+void release(const void *address) {
+  __tsan_release(const_cast<void *>(address));
+}
+#else
+void acquire(const void *) {}
+void release(const void *) {}
+#endif
+
 struct Call {
   int64_t begin, end, grain;
   flatmtl_range_fn fn;
@@ -126,7 +142,9 @@ struct Call {
 // torch_parallel_for may cut ranges below its grain; whole grains are handed out instead, as the C core asks.
 void run_grains(int64_t first, int64_t last, void *context) {
   const Call *call = static_cast<const Call *>(context);
+  acquire(call);
   call->fn(call->begin + first * call->grain, std::min(call->end, call->begin + last * call->grain), call->context);
+  release(&call->fn);
 }
 
 void parallel_for(int64_t begin, int64_t end, int64_t grain, flatmtl_range_fn fn, void *context, void *host) {
@@ -134,7 +152,9 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, flatmtl_range_fn fn
   grain = std::max<int64_t>(grain, 1);
   Call call{begin, end, grain, fn, context};
   const int64_t grains = (end - begin - 1) / grain + 1;
+  release(&call);
   if (torch_parallel_for(0, grains, 1, run_grains, &call) != AOTI_TORCH_SUCCESS) *static_cast<bool *>(host) = true;
+  acquire(&call.fn);
 }
 
 }  // namespace

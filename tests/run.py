@@ -103,6 +103,14 @@ def c_valgrind() -> None:
     )
 
 
+def python_address() -> None:
+    python("tests/python_sanitizers.py", "address")
+
+
+def python_sanitizers() -> None:
+    python("tests/python_sanitizers.py", "address", "tests", "leaks", "threads")
+
+
 def wheel() -> None:
     wheels = list((BUILD / "dist").glob("*.whl"))
     if len(wheels) != 1:
@@ -118,8 +126,8 @@ def pytest_long() -> None:
     python("-m", "pytest", FLATMTL_TEST_INSTALLED="1", HYPOTHESIS_PROFILE="long")
 
 
-SHORT = [lint, c_tests, c_sanitizers, wheel, pytest]
-LONG = [lint, c_tests, c_sanitizers, c_threads, c_valgrind, wheel, pytest_long]
+SHORT = [lint, c_tests, c_sanitizers, python_address, wheel, pytest]
+LONG = [lint, c_tests, c_sanitizers, c_threads, c_valgrind, python_sanitizers, wheel, pytest_long]
 
 
 def ensure_build_tools() -> None:
