@@ -58,10 +58,10 @@ class Agreement:
 
     # -- collectives -----------------------------------------------------------------------------------------------
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum_(self, tensor: Tensor, group: Any = None) -> Tensor:
         """`tensor` summed over the ranks, in place; the same bits on all."""
         self.traffic += tensor.nbytes
-        self.collective(lambda: dist.all_reduce(tensor, group=self.group))
+        self.collective(lambda: dist.all_reduce(tensor, group=group or self.group))
         return tensor
 
     def start_sum_(self, tensor: Tensor) -> Any:
@@ -96,6 +96,10 @@ class Agreement:
         numbers, two at most, are not the same on all."""
         self._agree(numbers)
         self._inside = False
+
+    def same(self, **numbers: int) -> None:
+        """As `leave`, within a pass."""
+        self._agree(numbers)
 
     def settled(self, error: BaseException) -> BaseException:
         """`error`, which every rank raises."""

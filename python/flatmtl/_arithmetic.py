@@ -8,18 +8,20 @@ one tensor an index.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _backend
+from ._sync import Alone
 
 Row = Sequence[Tensor]
 
 
 class Arithmetic:
-    def __init__(self, groups: Sequence[_backend.Group]) -> None:
-        self.groups = list(groups)
+    def __init__(self, groups: Sequence[_backend.Group], sync: Alone | None = None) -> None:
+        self.groups, self.sync = list(groups), sync or Alone()
 
     def copy_(self, to: Sequence[Tensor], source: Sequence[Tensor], indices: Sequence[int] | None = None) -> None:
         """to[i] = source[i] for the indices, or for all; both lists have one tensor a parameter."""
@@ -43,31 +45,43 @@ class Arithmetic:
 
     def sq_norm(self, row: Row, indices: Sequence[int], params: Row | None = None, eta: float = 0.0) -> float:
         """Squared norm of a row; with params that of (|params| + eta) row."""
-        total = 0.0
+        total, shards = 0.0, ShardSums(self.sync)
         for group in self.groups:
             at = group.positions(indices)
             if at:
                 weights = None if params is None else [params[k] for k in at]
-                total += float(group.backend.sq_norms([[row[k] for k in at]], weights, eta)[0])
-        return total
+                part = group.backend.sq_norms([[row[k] for k in at]], weights, eta)
+                if group.shards is None:
+                    total += float(part[0])
+                else:
+                    shards.add(group.shards, part)
+        return total + float(shards.sum()[0]) if shards else total
 
     def gramian(self, rows: Sequence[Row], indices: Sequence[int]) -> Tensor:
         """(K, K) float64 on the CPU."""
-        total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        total, shards = torch.zeros(len(rows), len(rows), dtype=torch.float64), ShardSums(self.sync)
         for group in self.groups:
             at = group.positions(indices)
             if at:
-                total += group.backend.gramian(_at(rows, at))
-        return total
+                part = group.backend.gramian(_at(rows, at))
+                if group.shards is None:
+                    total += part
+                else:
+                    shards.add(group.shards, part)
+        return total + shards.sum() if shards else total
 
     def gramian_pair(self, loss_rows: Sequence[Row], perturbed_rows: Sequence[Row], indices: Sequence[int]) -> Tensor:
         """Gramian of (g_1 .. g_K, f_1 .. f_K), f = s - g: (2K, 2K) float64 on the CPU."""
-        total = torch.zeros(2 * len(loss_rows), 2 * len(loss_rows), dtype=torch.float64)
+        total, shards = torch.zeros(2 * len(loss_rows), 2 * len(loss_rows), dtype=torch.float64), ShardSums(self.sync)
         for group in self.groups:
             at = group.positions(indices)
             if at:
-                total += group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at))
-        return total
+                part = group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at))
+                if group.shards is None:
+                    total += part
+                else:
+                    shards.add(group.shards, part)
+        return total + shards.sum() if shards else total
 
     def combine_(
         self, out: Row, loss_rows: Sequence[Row], perturbed_rows: Sequence[Row] | None, indices: Sequence[int],
@@ -83,6 +97,27 @@ class Arithmetic:
                 group.backend.combine_(target, rows, loss_weights)
             else:
                 group.backend.combine_pair_(target, rows, _at(perturbed_rows, at), loss_weights, flat_weights)
+
+
+class ShardSums:
+    """Sums over the shards of parameters that are spread over ranks; true if there are any."""
+
+    def __init__(self, sync: Alone) -> None:
+        self._sync = sync
+        self._parts: dict[Any, Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, shards: Any, part: Tensor) -> None:
+        """Adds what this rank has; the same `shards` in the same order on all ranks."""
+        before = self._parts.get(shards)
+        self._parts[shards] = part.clone() if before is None else before + part
+
+    def sum(self) -> Tensor:
+        """The sum over all ranks, the same bits on each."""
+        totals = [self._sync.sum_shards(part, shards.groups) for shards, part in self._parts.items()]
+        return torch.stack(totals).sum(0)
 
 
 def _at(rows: Sequence[Row], positions: Sequence[int]) -> list[list[Tensor]]:

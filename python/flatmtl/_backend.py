@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Group:
 
     backend: ModuleType
     indices: list[int]
+    shards: Any = None  # `_sharded.Shards` if they are shards, which sums go over
 
     def __post_init__(self) -> None:
         self._set = set(self.indices)
@@ -38,8 +40,8 @@ def choose(param: Tensor, copy: Tensor) -> ModuleType:
     return _native if native and type(param.data) is Tensor else _generic
 
 
-def group(params: Sequence[Tensor], copies: Sequence[Tensor]) -> list[Group]:
-    groups: dict[tuple[ModuleType, torch.device, torch.dtype], list[int]] = {}
-    for i, (param, copy) in enumerate(zip(params, copies, strict=True)):
-        groups.setdefault((choose(param, copy), param.device, param.dtype), []).append(i)
-    return [Group(key[0], indices) for key, indices in groups.items()]
+def group(params: Sequence[Tensor], copies: Sequence[Tensor], shards: Sequence[Any]) -> list[Group]:
+    groups: dict[tuple[ModuleType, torch.device, torch.dtype, Any], list[int]] = {}
+    for i, (param, copy, shard) in enumerate(zip(params, copies, shards, strict=True)):
+        groups.setdefault((choose(param, copy), param.device, param.dtype, shard), []).append(i)
+    return [Group(key[0], indices, key[3]) for key, indices in groups.items()]

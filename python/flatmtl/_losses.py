@@ -214,10 +214,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the sum of the losses times `scale`, None for inputs that they do not reach."""
     edges = [loss.edge for loss in losses if loss.edge is not None]
-    seeds = []
-    for edge in edges:
-        meta = edge.node._input_metadata[edge.output_nr]
-        seeds.append(torch.full(tuple(meta.shape), scale, dtype=meta.dtype, device=meta.device))
+    seeds = [seed_of(edge, scale) for edge in edges]
     return torch.autograd.grad(edges, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
 
 
@@ -236,6 +233,12 @@ def gradients_of_each(losses: Sequence[Loss], inputs: Sequence[Tensor], scale: f
         [None if g is None or x not in found else g[k] for g, x in zip(grads, inputs, strict=True)]
         for k, found in enumerate(reached)
     ]
+
+
+def seed_of(edge: GradientEdge, scale: float) -> Tensor:
+    """The gradient to start with at `edge`."""
+    meta = edge.node._input_metadata[edge.output_nr]
+    return torch.full(tuple(meta.shape), scale, dtype=meta.dtype, device=meta.device)
 
 
 def nodes(edges: Iterable[GradientEdge], stop: Iterable[Any] = ()) -> Iterator[Any]:

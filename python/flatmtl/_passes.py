@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _losses
+from . import _losses, _sharded
 from ._features import FeatureGradients, Features
 from ._losses import Closure, Loss, Task
 from ._point import Point
@@ -91,6 +91,7 @@ class Passes:
                 forward = Forward(container[task], self.arguments[m], self._start(), [])
                 value = self._call(forward, None)
                 loss = None if value is None else _losses.read_loss(task, value)
+                self.sync.present([loss])
                 states.append(self._state(forward, i, task, loss, alone=True))
                 self._differentiate([loss], [states[-1]], total)
                 self.forwards[m].append(forward)
@@ -98,6 +99,7 @@ class Passes:
             forward = Forward(self.closure, self.arguments[m], self._start(), [])
             container = self._call(forward, None)
             losses = _losses.read_losses(container)
+            self.sync.present(losses)
             states = [
                 self._state(forward, i, task, loss, alone=len(losses) == 1)
                 for i, (task, loss) in enumerate(zip(_losses.tasks_of(container), losses, strict=True))
@@ -286,9 +288,10 @@ class Passes:
 
     def _gradients(self, losses: Sequence[Loss], indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
         """Gradients of the sum of the losses, times the loss scale."""
-        tensors = [self.point.tensors[i] for i in indices]
+        leaves = [self.point.leaves[i] for i in indices]
+        take = _sharded.gradients if self.point.sharded else _losses.gradients
         with self.interrupt.window():
-            grads = _losses.gradients(losses, tensors, self.loss_scale, retain_graph)
+            grads = take(losses, leaves, self.loss_scale, retain_graph)
         return [None if g is None else self.point.fitted(i, g) for g, i in zip(grads, indices, strict=True)]
 
     def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:

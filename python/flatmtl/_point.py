@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from . import _backend
+from . import _backend, _sharded
 from ._arithmetic import Arithmetic
+from ._sync import Alone
 from ._task import Parameter
 
 
 class Point:
-    """The parameters of a step, a copy of their values (`saved`), and the arithmetic on lists of them."""
+    """The parameters of a step, a copy of their values (`saved`), and the arithmetic on lists of them.
 
-    def __init__(self, params: Sequence[Parameter]) -> None:
+    `leaves` are the parameters; `tensors` the same, or the local shards of those that are DTensors, and all else is
+    like `tensors`.
+    """
+
+    def __init__(self, params: Sequence[Parameter], sync: Alone) -> None:
         self.params = list(params)
-        self.tensors = [p.tensor for p in params]
+        self.leaves = [p.tensor for p in params]
+        self.tensors = [_sharded.local(t) for t in self.leaves]
+        shards = _sharded.shards(self.leaves, [p.name for p in params])
+        self.sharded = any(s is not None for s in shards)
         self.devices = sorted({t.device for t in self.tensors}, key=str)
         self.saved = [torch.empty_like(t) for t in self.tensors]
-        self.arithmetic = Arithmetic(_backend.group(self.tensors, self.saved))
+        self.arithmetic = Arithmetic(_backend.group(self.tensors, self.saved, shards), sync)
         self.arithmetic.copy_(self.saved, self.tensors)
         self.moved = False
         self._versions = self._now()
@@ -77,6 +85,13 @@ class Point:
         if i not in self._zeros:
             self._zeros[i] = torch.zeros_like(self.tensors[i])
         return self._zeros[i]
+
+    def normal(self, i: int, generators: Mapping[torch.device, torch.Generator]) -> Tensor:
+        """Standard normal numbers like parameter i, the same for it whole or in shards."""
+        leaf, tensor = self.leaves[i], self.tensors[i]
+        device = tensor.device
+        drawn = torch.randn(leaf.shape, dtype=tensor.dtype, device=device, generator=generators[device])
+        return torch.empty_like(tensor).copy_(_sharded.cut(leaf, drawn))
 
     def _now(self) -> list[tuple[int, int]]:
         return [(t._version, t.data_ptr()) for t in self.tensors]

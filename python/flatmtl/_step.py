@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _aggregator_state, _featured, _ops, _record, _weighting
+from . import _aggregator_state, _featured, _ops, _record, _sharded, _weighting
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
@@ -69,17 +69,18 @@ class Step:
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
         self.buffers, self.interrupt = buffers, interrupt
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
+        self.point = Point(params, self.sync)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine) and not settings.weighting
+        self.summed = self.summed and not self.point.sharded  # FSDP hides which parameters a graph reaches
         self.featured = settings.features is not None and not settings.flat.needs_features
         if settings.features is not None and not isinstance(self.sync, Alone):
             raise ValueError("features= works in one process: the ranks' features are not the same (sync=)")
         if self.featured and self.flat and not settings.flat.works_at_features(settings.combine):
             raise ValueError(f"features= with flatness mode {settings.flat.name!r} needs rho = 0 in every param group")
-        self.point = Point(params)
         self.tensors = self.point.tensors
         self.arithmetic = self.point.arithmetic
-        self.old_grads = [t.grad for t in self.tensors]
-        for t in self.tensors:
+        self.old_grads = [t.grad for t in self.point.leaves]
+        for t in self.point.leaves:
             t.grad = None  # so that a backward inside the closure cannot add to it
         self.passes: Passes | Any = None
         self.micro: Sequence[int] = ()
@@ -150,9 +151,9 @@ class Step:
 
     def _find_roles(self) -> None:
         """Which parameters are shared and which are one task's own."""
-        reached = [{self.tensors[i] for i in s.touched} for s in self.tasks]
+        reached = [{self.point.leaves[i] for i in s.touched} for s in self.tasks]
         self.new_roles = self.roles.grown(reached, self.new_roles)
-        role = [self.new_roles.get(t) for t in self.tensors]
+        role = [self.new_roles.get(t) for t in self.point.leaves]
         for state in self.tasks:
             state.own = [i for i in state.reached if role[i] != SHARED]
         hit_any = {i for s in self.tasks for i in s.touched}
@@ -360,14 +361,15 @@ class Step:
         self.point.rollback()
         if self.passes is not None:
             self.passes.rollback()
-        for t, grad in zip(self.tensors, self.old_grads, strict=True):
+        for t, grad in zip(self.point.leaves, self.old_grads, strict=True):
             t.grad = grad
 
     def overflow(self) -> None:
         """After `rollback`: Inf in the `.grad` of every parameter that was reached, for GradScaler to see."""
-        for i, (t, out) in enumerate(zip(self.tensors, self.point.saved, strict=True)):
-            if any(i in s.reached for s in self.tasks):
-                t.grad = out.fill_(math.inf)
+        hit = {i for s in self.tasks for i in s.reached}  # none if every task is absent from this rank
+        for i, (t, out) in enumerate(zip(self.point.leaves, self.point.saved, strict=True)):
+            if not hit or i in hit:
+                t.grad = _sharded.like(t, out.fill_(math.inf))
 
 
 def clipped(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _buckets, _losses
+from . import _buckets, _losses, _sharded
 from ._agreement import Agreement
 from ._task import TaskState
 from ._wrappers import Wrappers
@@ -51,6 +51,13 @@ class Alone:
         """
         return states
 
+    def present(self, losses: Sequence[Any]) -> None:
+        """After a forward: where backward passes are joint work (FSDP), the same losses must be None on all ranks."""
+
+    def sum_shards(self, part: Tensor, groups: Sequence[Any]) -> Tensor:
+        """`part` summed over the ranks of the groups, one after the other."""
+        raise RuntimeError("sharded parameters without the ranks that hold the shards")
+
     def container(self, losses: Any, states: Sequence[TaskState]) -> Any:
         """The losses of the states in the container that the closure returned."""
         return losses
@@ -78,8 +85,9 @@ class Ranks(Alone):
 
     def __init__(self, group: Any, local: bool, same_batches: bool, params: Sequence[Tensor]) -> None:
         self.wrappers = Wrappers(params)
-        self.agreement = Agreement(group, params[0].device, self.wrappers.holds_collectives)
-        self.local, self.same_batches = local, same_batches
+        self.sharded = any(_sharded.is_sharded(p) for p in params)
+        self.agreement = Agreement(group, params[0].device, self.sharded or self.wrappers.holds_collectives)
+        self.local, self.same_batches = local, same_batches or self.sharded
         self._checked_params = self._checked_tasks = False
         self._weights: dict[int, float] = {}  # of this rank in the mean, by task
 
@@ -90,8 +98,11 @@ class Ranks(Alone):
     @contextmanager
     def step(self) -> Iterator[None]:
         self.agreement.begin()
-        with self.wrappers.quiet():
-            yield
+        try:
+            with self.wrappers.quiet():
+                yield
+        finally:
+            self.wrappers.reshard()
 
     def guard(self) -> AbstractContextManager[None]:
         return self.agreement.guard()
@@ -103,6 +114,7 @@ class Ranks(Alone):
             self._checked_params = True
 
     def enter(self, batches: int, perturbed: bool = False) -> None:
+        self.wrappers.reshard()  # the parameters may have moved
         if not (perturbed and self.local):
             self.agreement.enter(**self._numbers(batches))
 
@@ -118,6 +130,26 @@ class Ranks(Alone):
         if not self.local:
             self._average(states if total is None else [total], "grads")
         return states
+
+    def present(self, losses: Sequence[Any]) -> None:
+        if not self.sharded:
+            return
+        self.agreement.same(**{"the number of losses": len(losses)})
+        hits = self._sum([float(loss is not None) for loss in losses])
+        for i, hit in enumerate(hits):
+            if 0 < hit < self.agreement.size:
+                raise self.agreement.settled(
+                    ValueError(
+                        f"loss {i} is None on some ranks, but not on all: backward passes of sharded parameters are the "
+                        "joint work of all ranks"
+                    )
+                )
+
+    def sum_shards(self, part: Tensor, groups: Sequence[Any]) -> Tensor:
+        total = part.to(self.agreement.device)
+        for group in groups:
+            self.agreement.sum_(total, group)
+        return total.cpu()
 
     def container(self, losses: Any, states: Sequence[TaskState]) -> Any:
         values = [state.loss for state in states]
@@ -178,7 +210,8 @@ class Ranks(Alone):
         for state in states:
             row = getattr(state, family) or [None] * len(self._params)
             setattr(state, family, row)
-            parts += [(row, i, self._weights[state.index]) for i in state.touched]
+            plain = [i for i in state.touched if not _sharded.is_sharded(self._params[i].tensor)]
+            parts += [(row, i, self._weights[state.index]) for i in plain]  # FSDP has averaged the others
         _buckets.average(self.agreement, parts, [p.tensor for p in self._params])
 
     def _average_perturbed(self, states: Sequence[TaskState]) -> None:
@@ -202,7 +235,9 @@ class Ranks(Alone):
 
     def _check(self, params: Sequence[Parameter], settings: str) -> None:
         """Raises on every rank unless all have the same parameters and options."""
-        sums = torch.stack([p.tensor.detach().sum(dtype=torch.float64) for p in params]).tolist()
+        sums = [
+            0.0 if _sharded.is_sharded(p.tensor) else float(p.tensor.detach().sum(dtype=torch.float64)) for p in params
+        ]
         mine = [(p.name, str(p.tensor.dtype), tuple(p.tensor.shape), p.tensor.stride(), (p.rho_shared, p.rho_task))
                 for p in params]  # fmt: skip
         every = self.agreement.objects((settings, mine, [repr(s) for s in sums], self.agreement.holds))
@@ -247,11 +282,19 @@ def _like(value: float, loss: Tensor | None) -> Tensor:
 
 def connect(sync: str | None, process_group: Any, m_sharpness: bool, params: Sequence[Tensor]) -> Alone:
     """What `FlatMTL(sync=, process_group=)` asks for, when the first step begins."""
+    sharded = [p for p in params if _sharded.is_sharded(p)]
+    if sharded and sync in ("local", None):
+        raise ValueError(f"sync={sync!r}: parameters are DTensors, whose gradients are of all ranks: use sync='exact'")
     if sync is None or (sync == "auto" and not (dist.is_available() and dist.is_initialized())):
         return Alone()
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"sync={sync!r} needs torch.distributed: call torch.distributed.init_process_group first")
-    if sync == "auto" and process_group is None:
+    if sharded and process_group is None:
+        mesh: Any = sharded[0].device_mesh  # type: ignore[attr-defined]
+        process_group = mesh.get_group() if mesh.ndim == 1 else None
+        if mesh.ndim > 1 and mesh.size() != dist.get_world_size():
+            raise ValueError("the parameters' device mesh has several dimensions: give process_group= its ranks")
+    elif sync == "auto" and process_group is None:
         ddp = Wrappers(params).ddp if dist.get_world_size() > 1 else []
         if not ddp:
             return Alone()

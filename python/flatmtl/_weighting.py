@@ -111,7 +111,8 @@ def _losses_now(passes: Passes, micro: Sequence[int], tasks: Sequence[TaskState]
     passes.point.accept()
     before = passes.snapshot()
     try:
-        return _numbers(passes.losses_here(micro, tasks))
+        with passes.sync.guard():
+            return _numbers(passes.losses_here(micro, tasks))
     finally:
         before.restore()
 

@@ -36,6 +36,8 @@ class Wrappers:
             else:
                 self.batch_norm = True
 
+        self.foreign = [p for p in dict.fromkeys(p for m in self.fsdp for p in m.parameters()) if id(p) not in wanted]
+
     @property
     def holds_collectives(self) -> bool:
         """Whether a forward or backward pass waits for other ranks."""
@@ -48,6 +50,9 @@ class Wrappers:
         backwards after one forward confuses. Its buffers are broadcast before the first forward, and not again."""
         flags = [*_DDP_FLAGS, "require_forward_param_sync"]
         before = [{flag: getattr(module, flag) for flag in flags} for module in self.ddp]
+        grads = [(p, p.grad) for p in self.foreign]  # FSDP would add to them
+        for p in self.foreign:
+            p.grad = None
         for module in self.ddp:
             vars(module).update(_DDP_FLAGS)
         try:
@@ -55,6 +60,8 @@ class Wrappers:
         finally:
             for module, values in zip(self.ddp, before, strict=True):
                 vars(module).update(values)
+            for p, grad in grads:
+                p.grad = grad
 
     def reshard(self) -> None:
         """Gathered copies of the parameters are given up, so that the next pass gathers them as they are then."""

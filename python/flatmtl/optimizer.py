@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ops, _record, _weighting
+from . import _ops, _record, _sharded, _weighting
 from ._features import read_modules
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
@@ -348,7 +348,8 @@ class FlatMTL(Optimizer):
             raise
         for p, update, old in zip(params, step.update, step.old_grads, strict=True):
             known = p.tensor in step.new_roles
-            p.tensor.grad = update if known else old  # a parameter that no loss ever reached is left alone
+            # a parameter that no loss ever reached is left alone
+            p.tensor.grad = _sharded.like(p.tensor, update) if known else old
         self.roles.of = step.new_roles
         self.states = step.new_states
         self._after_update = _weighting.observation(step)

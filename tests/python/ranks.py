@@ -6,10 +6,11 @@ import datetime
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 WAIT = 120  # seconds for one check
@@ -25,31 +26,44 @@ class RankPool:
         self.size = size
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
-        self._fresh = True
+        self._fresh, self._count = True, 0
+        self._folder = tempfile.TemporaryDirectory()
 
     def __call__(self, check: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
         if not self._processes:
             self._start()
         fresh, self._fresh = self._fresh or timeout is not None, timeout is not None
-        with tempfile.TemporaryDirectory() as folder:
-            store = os.path.join(folder, "store") if fresh else None
-            for pipe in self._pipes:
-                pipe.send((check, args, store, timeout or 60.0))
-            results = []
-            for rank, pipe in enumerate(self._pipes):
-                if not pipe.poll(WAIT):
-                    self.close()
-                    raise AssertionError(f"rank {rank} of {check.__name__} hangs")
+        self._count += 1  # a store is needed as long as its group
+        store = os.path.join(self._folder.name, str(self._count)) if fresh else None
+        for pipe in self._pipes:
+            pipe.send((check, args, store, timeout or 60.0))
+        results = self._collect(check.__name__)
+        return [results[rank] for rank in range(self.size)]
+
+    def _collect(self, name: str) -> dict[int, Any]:
+        """What every rank returned; raises if one failed, and does not wait long for the others then."""
+        results: dict[int, Any] = {}
+        errors: dict[int, str] = {}
+        waiting = dict(zip(self._pipes, range(self.size), strict=True))
+        deadline = time.monotonic() + WAIT
+        while waiting:
+            ready = wait(list(waiting), deadline - time.monotonic())
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)  # type: ignore[arg-type]
                 try:
-                    results.append(pipe.recv())
+                    text, results[rank] = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
-                    self.close()
-                    raise AssertionError(f"rank {rank} of {check.__name__} died") from None
-        errors = [f"rank {rank}:\n{text}" for rank, (text, _) in enumerate(results) if text]
+                    text = "died"
+                if text:
+                    errors[rank] = text
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        errors |= dict.fromkeys(waiting.values(), "no answer")
         if errors:
-            self._fresh = True
-            raise AssertionError("\n".join(errors))
-        return [value for _, value in results]
+            self.close()
+            raise AssertionError(f"{name}\n" + "\n".join(f"rank {rank}: {errors[rank]}" for rank in sorted(errors)))
+        return results
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")  # imports once for all

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from .._random import generator
@@ -69,8 +68,7 @@ class SAMO(Flatness):
         if self.alpha == 1.0:
             return shared
         draws = {device: generator(device, step.settings.seed, step.draw, state.index) for device in step.point.devices}
-        z = [torch.randn(g.shape, dtype=g.dtype, device=g.device, generator=draws[g.device]) for g in shared]
-        z = [torch.empty_like(g).copy_(x) for g, x in zip(shared, z, strict=True)]
+        z = [step.point.normal(i, draws) for i in step.shared]
         differences = []
         for side in (self.mu, -self.mu):
             step.point.move(step.shared, z, [side] * len(z), False, 0.0)
