@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import _ops, _record, _sharded, _weighting
+from ._checkpoint import FlatMTLState
 from ._features import read_modules
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
@@ -175,6 +176,7 @@ class FlatMTL(Optimizer):
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group
         self._ranks: Alone | None = None
+        self._loaded: dict[str, Any] | None = None  # by `flatmtl_state`, and kept until the next step
         self.modules = None if modules is None else list(modules)
         self.roles = Roles(shared)
         self.tasks: list[Task] | None = None
@@ -354,7 +356,7 @@ class FlatMTL(Optimizer):
         self.states = step.new_states
         self._after_update = _weighting.observation(step)
         self.tasks = [state.task for state in step.tasks]
-        self.last = step.record
+        self.last, self._loaded = step.record, None
         self.steps += 1
         return step.losses
 
@@ -413,7 +415,20 @@ class FlatMTL(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.optimizer.state_dict()
-        state_dict["flatmtl"] = {
+        state_dict["flatmtl"] = self._own_state()
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
+
+    @property
+    def flatmtl_state(self) -> FlatMTLState:
+        """What torch.distributed.checkpoint leaves out of an optimizer's state, as a Stateful to save beside it."""
+        return FlatMTLState(self)
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
             "version": _STATE_VERSION,
             "steps": self.steps,
             "seed": self.settings.seed,
@@ -421,11 +436,19 @@ class FlatMTL(Optimizer):
             "roles": self.roles.state(self._all_tensors()),
             "states": copy.deepcopy(self.states),
         }
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            result = post_hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        return state_dict
+
+    def _load_own_state(self, own: dict[str, Any] | None) -> None:
+        """Everything found anew, or what `_own_state` gave."""
+        if own is not None:
+            self._check_state(own)
+        self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
+        self._after_update = self._loaded = None
+        self.roles.of, self.states = {}, {}
+        if own is not None:
+            self.steps, self.settings.seed = own["steps"], own["seed"]
+            self.tasks = None if own["tasks"] is None else list(own["tasks"])
+            self.roles.load(own["roles"], self._all_tensors())
+            self.states = copy.deepcopy(own["states"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -435,30 +458,22 @@ class FlatMTL(Optimizer):
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = dict(result)
-        own = state_dict.pop("flatmtl", None)
+        own = state_dict.pop("flatmtl", self._loaded)
         if own is not None:
-            self._check_state(own, state_dict)
+            self._check_state(own, sum(len(group["params"]) for group in state_dict["param_groups"]))
         rhos = [group.get("rho", self.defaults["rho"]) for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
-        self._after_update = None
-        self.roles.of, self.states = {}, {}
-        if own is not None:
-            self.steps, self.settings.seed = own["steps"], own["seed"]
-            self.tasks = None if own["tasks"] is None else list(own["tasks"])
-            self.roles.load(own["roles"], self._all_tensors())
-            self.states = copy.deepcopy(own["states"])
+        self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _check_state(self, own: Any, state_dict: dict[str, Any]) -> None:
+    def _check_state(self, own: Any, count: int | None = None) -> None:
         version = own.get("version") if isinstance(own, dict) else None
         if version != _STATE_VERSION:
             raise ValueError(f"state_dict['flatmtl'] has version {version!r}, but this flatmtl reads {_STATE_VERSION}")
-        count = sum(len(group["params"]) for group in state_dict["param_groups"])
-        if len(own["roles"]) != count or count != len(self._all_tensors()):
+        if len(own["roles"]) != len(self._all_tensors()) or count not in (None, len(own["roles"])):
             raise ValueError(
                 f"state_dict['flatmtl']['roles'] is for {len(own['roles'])} parameters, but the optimizer has "
                 f"{len(self._all_tensors())}"
@@ -472,7 +487,8 @@ class FlatMTL(Optimizer):
                     f"state_dict holds the state of {kind} {state['name']!r}, but the optimizer has "
                     f"{None if method is None else method.name!r}"
                 )
-            method.check_state(state, 0 if own["tasks"] is None else len(own["tasks"]), self._all_tensors())
+            tensors = [_sharded.local(p) for p in self._all_tensors()]
+            method.check_state(state, 0 if own["tasks"] is None else len(own["tasks"]), tensors)
 
     def _all_tensors(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

@@ -10,9 +10,16 @@ import flatmtl
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from models import TwoHeads, batch, closure_of, two_heads, values
 from sync_checks import Injected, close, losses_of, make, same_bits, split
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -194,3 +201,47 @@ def refused(rank: int, size: int) -> None:
             make(model, sync=sync).step(closure_of(model, *batch()))
     dist.barrier()
     assert same_bits(*shards(two_heads()))
+
+
+def saves(rank: int, size: int, folder: str, flat: str, form: str) -> None:
+    """Trains two steps and saves with torch.distributed.checkpoint."""
+    model, optimizer = for_checkpoints(size, flat, form)
+    for seed in range(2):
+        x, y = batch(seed)
+        optimizer.step(lambda b=split(x, y, size)[rank]: losses_of(model, b))
+    dcp.save(app_state(model, optimizer), checkpoint_id=folder)
+
+
+def loads(rank: int, size: int, folder: str, flat: str, form: str) -> None:
+    """Loads on another number of ranks, and goes on as the run that never stopped."""
+    expected = two_heads(width=5)
+    alone = make(expected, sync=None, flat=flat)
+    for seed in range(2):
+        alone.step(closure_of(expected, *batch(seed)))
+    model, optimizer = for_checkpoints(size, flat, form)
+    state = app_state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    close([whole(p) for p in model.parameters()], values(expected))
+    assert optimizer.steps == 2
+    assert optimizer.state_dict()["flatmtl"]["roles"] == alone.state_dict()["flatmtl"]["roles"]
+    for seed in range(2, 4):
+        x, y = batch(seed)
+        mine = split(x, y, size)[rank]
+        alone.step(closure_of(expected, x, y))
+        optimizer.step(lambda b=mine: losses_of(model, b))
+    close([whole(p) for p in model.parameters()], values(expected))
+
+
+def for_checkpoints(size: int, flat: str, form: str) -> tuple[nn.Module, flatmtl.FlatMTL]:
+    model = sharded("all") if form == "fsdp" else two_heads(width=5)
+    return model, make(model, sync="exact", flat=flat)
+
+
+def app_state(model: nn.Module, optimizer: flatmtl.FlatMTL) -> dict[str, Any]:
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "flatmtl": optimizer.flatmtl_state,
+    }

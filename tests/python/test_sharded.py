@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 @pytest.fixture(scope="module")
 def two() -> Iterator[ranks.RankPool]:
     with ranks.pool(2) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def one() -> Iterator[ranks.RankPool]:
+    with ranks.pool(1) as pool:
         yield pool
 
 
@@ -73,3 +80,32 @@ def test_refused(two: ranks.RankPool) -> None:
 
 def test_traffic_does_not_grow_with_the_parameters(two: ranks.RankPool) -> None:
     assert max(two(checks.equals_unsharded, {}, "all")) < 3000
+
+
+def test_checkpoints_on_other_numbers_of_ranks(
+    one: ranks.RankPool, two: ranks.RankPool, four: ranks.RankPool, tmp_path: Path
+) -> None:
+    for flat in ("fmtl", "looksam"):
+        folder = str(tmp_path / flat)
+        two(checks.saves, folder, flat, "fsdp")
+        four(checks.loads, folder, flat, "fsdp")
+        one(checks.loads, folder, flat, "fsdp")
+    folder = str(tmp_path / "replicas")
+    four(checks.saves, folder, "fmtl", "replicas")
+    two(checks.loads, folder, "fmtl", "replicas")
+
+
+TIMEOUT = 6.0  # of the process group
+
+
+def test_a_rank_fails_where_passes_hold_collectives(two: ranks.RankPool) -> None:
+    for form, at in (("all", 0), ("all", 1), ("ddp", 0)):
+        two(checks.failure, at, form, TIMEOUT, timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_a_rank_fails_in_every_pass(two: ranks.RankPool, four: ranks.RankPool) -> None:
+    for at in range(3):
+        for form in ("all", "kept", "mixed", "ddp"):
+            two(checks.failure, at, form, TIMEOUT, timeout=TIMEOUT)
+        four(checks.failure, at, "all", TIMEOUT, timeout=TIMEOUT)
