@@ -296,7 +296,7 @@ class Passes:
 
     def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:
         """The gradients of every loss by one batched backward; empty where that is not asked for."""
-        if not self.batched or len(losses) < 2 or self.features is not None:
+        if not self.batched or self.point.sharded or len(losses) < 2 or self.features is not None:
             return []
         with self.interrupt.window():
             rows = _losses.gradients_of_each(losses, [self.point.tensors[i] for i in indices], self.loss_scale)
