@@ -167,9 +167,11 @@ flatmtl_status flatmtl_step_begin(flatmtl_step *step, const flatmtl_context *con
   const flatmtl_problem *problem = step->problem;
   const flatmtl_settings *settings = step->settings;
   const flatmtl_rows shared = fm_as_rows(&problem->shared);
+  flatmtl_status status = fm_check_context(context, problem->num_tasks, error);
+  if (status != FLATMTL_OK) return status;
   step->phase = PHASE_NEW;
-  flatmtl_status status = flatmtl_sq_norms(context, &problem->shared_loss, settings->adaptive ? &shared : NULL,
-                                           settings->eta, step->sq_shared, error);
+  status = flatmtl_sq_norms(context, &problem->shared_loss, settings->adaptive ? &shared : NULL, settings->eta,
+                            step->sq_shared, error);
   if (status != FLATMTL_OK) {
     if (error) error->argument = "shared_loss";
     return status;
@@ -221,13 +223,15 @@ flatmtl_status flatmtl_step_perturb(flatmtl_step *step, const flatmtl_context *c
     return fm_fail(error, FLATMTL_ERROR_ORDER, "step", task, -1, NAN);
   const flatmtl_problem *problem = step->problem;
   if (task < 0 || task >= problem->num_tasks) return fm_fail(error, FLATMTL_ERROR_NUM_TASKS, "task", -1, -1, task);
+  flatmtl_status status = fm_check_context(context, problem->num_tasks, error);
+  if (status != FLATMTL_OK) return status;
   double shared = sqrt(step->sq_shared[task]), own = sqrt(step->sq_own[task]);
   if (step->settings->norm == FLATMTL_NORM_JOINT) shared = own = sqrt(step->sq_shared[task] + step->sq_own[task]);
   const double shared_scale = shared > 0.0 ? step->settings->rho_shared * (1.0 / shared) : 0.0;
   const double own_scale = own > 0.0 ? step->settings->rho_task * (1.0 / own) : 0.0;
   step->phase = PHASE_PERTURBED;
   step->task = task;
-  flatmtl_status status =
+  status =
       move(step, context, &problem->shared, &problem->shared_saved, &problem->shared_loss, task, shared_scale, error);
   if (status == FLATMTL_OK)
     status = move(step, context, &problem->own[task], &problem->own_saved[task], &problem->own_loss[task], 0, own_scale,
@@ -288,9 +292,10 @@ flatmtl_status flatmtl_step_finish(flatmtl_step *step, const flatmtl_context *co
   for (int32_t i = 0; flat && i < k; i++)
     if (!step->visited[i]) return fm_fail(error, FLATMTL_ERROR_ORDER, "step", i, -1, NAN);
 
+  flatmtl_status status = fm_check_context(context, k, error);
+  if (status != FLATMTL_OK) return status;
   flatmtl_settings settings = *step->settings;
   step->phase = PHASE_NEW; /* after an error only begin is left */
-  flatmtl_status status;
   if (flat) {
     status = flatmtl_gramian_pair(context, &problem->shared_loss, &problem->shared_perturbed, step->pair, error);
     if (status == FLATMTL_ERROR_NONFINITE && error) {
