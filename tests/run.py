@@ -22,6 +22,8 @@ BUILD = ROOT / "build"
 PYTHON_FILES = ["python", "tests", "examples", "cmake"]
 C_DIRECTORIES = ["csrc", "shim", "tests", "examples"]
 JOBS = str(os.cpu_count() or 1)
+ASAN = "detect_stack_use_after_return=1:strict_string_checks=1"
+UBSAN = "print_stacktrace=1"
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -78,9 +80,7 @@ def c_sanitizers() -> None:
         "-DCMAKE_C_FLAGS_DEBUG=-g -O1",
         target="flatmtl_tests",
     )
-    ctest(
-        build, ASAN_OPTIONS="detect_stack_use_after_return=1:strict_string_checks=1", UBSAN_OPTIONS="print_stacktrace=1"
-    )
+    ctest(build, ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
 
 
 def c_threads() -> None:
@@ -111,6 +111,52 @@ def python_sanitizers() -> None:
     python("tests/python_sanitizers.py", "address", "tests", "leaks", "threads")
 
 
+def torch_prefix() -> str:
+    code = "import torch; print(torch.utils.cmake_prefix_path)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def cpp_build(directory: str, prefix: str, *options: str) -> Path:
+    """The tests of the C++ optimizer, against a flatmtl installed in prefix and this Python's torch."""
+    build = BUILD / directory
+    prefixes = f"-DCMAKE_PREFIX_PATH={prefix};{torch_prefix()}"
+    run("cmake", "-S", "tests/cpp", "-B", build, prefixes, *options)
+    run("cmake", "--build", build)
+    return build
+
+
+def cpp_tests() -> None:
+    code = "import flatmtl; print(flatmtl.cmake_prefix_path)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    ctest(cpp_build("cpp", found.stdout.strip()))
+    # A user's program against `cmake --install`; the wheel was it above.
+    library = cmake_build("library", "-DFLATMTL_BUILD_TESTS=OFF")
+    compilers = [f"-DCC={os.environ.get('CC', 'cc')}", f"-DCXX={os.environ.get('CXX', 'c++')}"]
+    generator = f"-DGENERATOR={os.environ['CMAKE_GENERATOR']}"
+    run(
+        "cmake",
+        f"-DBUILD={library}",
+        generator,
+        *compilers,
+        f"-DTORCH={torch_prefix()}",
+        "-P",
+        "tests/consumer/run.cmake",
+    )
+
+
+def cpp_sanitized(kind: str, sanitizers: str) -> Path:
+    """The tests of the C++ optimizer and the C library under sanitizers; torch itself is as it is."""
+    option = f"-DFLATMTL_SANITIZE={sanitizers}"
+    library = cmake_build(f"{kind}-library", "-DFLATMTL_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", option)
+    prefix = BUILD / f"{kind}-installed"
+    run("cmake", "--install", library, "--prefix", prefix)
+    return cpp_build(f"{kind}-cpp", str(prefix), option) / "flatmtl_cpp_tests"
+
+
+def cpp_sanitizers() -> None:
+    run(cpp_sanitized("sanitize", "address,undefined"), ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
+
+
 def wheel() -> None:
     wheels = list((BUILD / "dist").glob("*.whl"))
     if len(wheels) != 1:
@@ -126,8 +172,10 @@ def pytest_long() -> None:
     python("-m", "pytest", FLATMTL_TEST_INSTALLED="1", HYPOTHESIS_PROFILE="long")
 
 
-SHORT = [lint, c_tests, c_sanitizers, python_address, wheel, pytest]
-LONG = [lint, c_tests, c_sanitizers, c_threads, c_valgrind, python_sanitizers, wheel, pytest_long]
+SHORT = [lint, c_tests, c_sanitizers, python_address, wheel, cpp_tests, pytest]
+LONG = [
+    lint, c_tests, c_sanitizers, c_threads, c_valgrind, python_sanitizers, wheel, cpp_tests, cpp_sanitizers, pytest_long,
+]  # fmt: skip
 
 
 def ensure_build_tools() -> None:

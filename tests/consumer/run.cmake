@@ -1,6 +1,6 @@
-# cmake -DBUILD=DIR -DGENERATOR=G -DCC=cc -DCXX=c++ -P run.cmake
+# cmake -DBUILD=DIR -DGENERATOR=G -DCC=cc -DCXX=c++ [-DTORCH=PREFIX] -P run.cmake
 # Installs the build in DIR into a fresh prefix, moves the prefix, and builds and runs the consumer against it: by
-# find_package, and by pkg-config where there is one.
+# find_package, and by pkg-config where there is one. TORCH, torch.utils.cmake_prefix_path: with the C++ optimizer.
 
 set(_work "${BUILD}/consumer")
 set(_source "${CMAKE_CURRENT_LIST_DIR}")
@@ -18,10 +18,17 @@ endfunction()
 run(${CMAKE_COMMAND} --install ${BUILD} --prefix ${_work}/installed)
 file(RENAME "${_work}/installed" "${_work}/moved") # nothing in it may name the place it was installed to
 
-run(${CMAKE_COMMAND} -S ${_source} -B ${_work}/build -G ${GENERATOR} -DCMAKE_PREFIX_PATH=${_work}/moved
-  -DCMAKE_C_COMPILER=${CC} -DCMAKE_CXX_COMPILER=${CXX} -DCMAKE_BUILD_TYPE=Release)
+set(_torch "")
+if(TORCH)
+  set(_torch "-DTorch_DIR=${TORCH}/Torch")
+endif()
+run(${CMAKE_COMMAND} -S ${_source} -B ${_work}/build -G ${GENERATOR} -DCMAKE_PREFIX_PATH=${_work}/moved ${_torch}
+  -DCMAKE_C_COMPILER=${CC} -DCMAKE_CXX_COMPILER=${CXX})
 run(${CMAKE_COMMAND} --build ${_work}/build)
 run(${CMAKE_CTEST_COMMAND} --test-dir ${_work}/build --output-on-failure)
+if(TORCH AND NOT EXISTS "${_work}/build/train")
+  message(FATAL_ERROR "the component torch was not found")
+endif()
 
 find_program(PKG_CONFIG NAMES pkg-config pkgconf)
 if(NOT PKG_CONFIG)

@@ -1,12 +1,11 @@
-// Trains the network of tests/python/test_cpp.py for some steps, as that test does in Python: trajectory IN OUT
-//   IN   torch.save of a dict: options, parameters, batches
-//   OUT  torch::pickle_save of a dict: losses, records, parameters, gradients and buffers after the last step
+// Trains the network of tests/python/test_cpp.py for some steps, as that test does in Python: --trajectory IN OUT
+//   IN   torch.save of a list of runs, a dict each: options, parameters, batches
+//   OUT  torch::pickle_save of a list of dicts: losses, records, parameters, gradients and buffers after the last step
 #include <torch/torch.h>
 
 #include <flatmtl/torch.h>
 
 #include <fstream>
-#include <iostream>
 #include <iterator>
 #include <optional>
 #include <string>
@@ -145,14 +144,11 @@ struct Trajectory {
 
 }  // namespace
 
-int main(int argc, char **argv) {
-  if (argc != 3) {
-    std::cerr << "usage: trajectory IN OUT\n";
-    return 2;
-  }
-  std::ifstream file(argv[1], std::ios::binary);
+int trajectory_main(const char *in, const char *out);
+
+int trajectory_main(const char *in, const char *out) {
+  std::ifstream file(in, std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
-  // Several runs in one file.
   c10::impl::GenericList results(c10::AnyType::get());
   const c10::IValue runs = torch::pickle_load(bytes);
   for (const c10::IValue &run : runs.toListRef()) {
@@ -160,6 +156,6 @@ int main(int argc, char **argv) {
     results.push_back(trajectory.run());
   }
   const std::vector<char> written = torch::pickle_save(results);
-  std::ofstream(argv[2], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
+  std::ofstream(out, std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
   return 0;
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,17 +51,17 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="session")
-def trajectory() -> Path:
+def program() -> Path:
     """The program of tests/cpp, built against the installed package."""
     build = ROOT / "build" / "cpp"
     prefixes = f"{flatmtl.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
     for command in (
         ["cmake", "-S", ROOT / "tests" / "cpp", "-B", build, f"-DCMAKE_PREFIX_PATH={prefixes}"],
-        ["cmake", "--build", build, "--target", "flatmtl_trajectory"],
+        ["cmake", "--build", build, "--target", "flatmtl_cpp_tests"],
     ):
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    return build / "flatmtl_trajectory"
+    return build / "flatmtl_cpp_tests"
 
 
 def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
@@ -161,12 +162,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 @pytest.fixture(scope="session")
-def results(trajectory, tmp_path_factory) -> dict[str, dict[str, list[Tensor]]]:
+def results(program, tmp_path_factory) -> dict[str, dict[str, list[Tensor]]]:
     directory = tmp_path_factory.mktemp("trajectories")
     runs = [{k: v for k, v in settings_of(changes).items() if k != "dtype"} for changes in RUNS.values()]
     torch.save(runs, directory / "in.pt")
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    command = [str(trajectory), str(directory / "in.pt"), str(directory / "out.pt")]
+    command = [str(program), "--trajectory", str(directory / "in.pt"), str(directory / "out.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
     assert done.returncode == 0, done.stderr
     return dict(zip(RUNS, torch.load(directory / "out.pt", weights_only=False), strict=True))
@@ -180,6 +181,18 @@ def test_trajectories_are_equal_bit_for_bit(name, results):
         assert len(found[key]) == len(tensors)
         for i, (a, b) in enumerate(zip(tensors, found[key], strict=True)):
             assert same_bits(a, b), (key, i, a, b)
+
+
+@pytest.mark.parametrize(("page", "least"), [("cpp.md", 8), ("c.md", 4)])
+def test_the_code_of_the_documentation_is_compiled(page, least):
+    """Every block stands, up to its indentation, in a program or the CMakeLists.txt of the consumer."""
+    blocks = re.findall(r"```(cpp|cmake|c)\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S)
+    assert len(blocks) >= least
+    files = {"cpp": "train.cpp", "cmake": "CMakeLists.txt", "c": "main.c"}
+    for kind, block in blocks:
+        source = [line.strip() for line in (ROOT / "tests" / "consumer" / files[kind]).read_text().splitlines()]
+        lines = [line.strip() for line in block.rstrip().splitlines()]
+        assert any(source[i : i + len(lines)] == lines for i in range(len(source))), block
 
 
 def test_the_runs_differ(results):

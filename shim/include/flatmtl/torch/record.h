@@ -1,7 +1,6 @@
 // record.h - what a step did.
 #pragma once
 
-#include <cmath>
 #include <vector>
 
 #include <torch/types.h>
@@ -22,18 +21,4 @@ struct Record {
   bool skipped = false;
 };
 
-namespace detail {
-
-inline torch::Tensor undefined(at::IntArrayRef sizes) {
-  return torch::full(sizes, std::nan(""), torch::kDouble);
-}
-
-// `values` at the positions `at`, NaN elsewhere.
-inline torch::Tensor spread(const torch::Tensor &values, const std::vector<int64_t> &at, int64_t total) {
-  torch::Tensor out = undefined({total});
-  if (!at.empty()) out.index_put_({torch::tensor(at)}, values);
-  return out;
-}
-
-}  // namespace detail
 }  // namespace flatmtl

@@ -10,6 +10,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -18,35 +19,14 @@
 #include <torch/autograd.h>
 #include <torch/types.h>
 
-#include "losses.h"
-#include "native.h"
 #include "options.h"
+#include "point.h"
 #include "protect.h"
-#include "record.h"
 #include "roles.h"
+#include "task_state.h"
 
 namespace flatmtl {
 namespace detail {
-
-using Indices = std::vector<size_t>;
-
-struct Parameter {
-  torch::Tensor tensor;
-  double rho_shared, rho_task;
-  std::string name;
-};
-
-struct TaskState {
-  Task task;
-  std::optional<Loss> loss;
-  Row grads;             // one a parameter, undefined where not reached; empty without a loss
-  Indices own;           // its own parameters
-  Row own_perturbed;     // t_i
-  Row shared_perturbed;  // s_i
-  size_t pass = 0;       // which unperturbed pass it came from
-  torch::Tensor perturbed_loss;
-  double sq_shared = 0.0, sq_own = 0.0;  // squared norms, ASAM-weighted if adaptive
-};
 
 inline torch::Tensor or_zeros(const torch::Tensor &gradient, const torch::Tensor &parameter) {
   return gradient.defined() ? gradient : torch::zeros_like(parameter);
@@ -58,29 +38,16 @@ class Step {
   // known_tasks: of earlier steps, if there were any.
   Step(std::vector<Parameter> params, const FlatMTLOptions &options, const Roles &roles,
        const std::optional<std::vector<Task>> &known_tasks, int64_t draw)
-      : params_(std::move(params)),
+      : point_(std::move(params)),
         options_(options),
         roles_(roles),
         known_tasks_(known_tasks),
         draw_(draw),
         slots_(buffers(options.modules())) {
-    for (size_t i = 0; i < params_.size(); ++i) {
-      const Parameter &p = params_[i];
-      tensors_.push_back(p.tensor);
-      saved_.push_back(torch::empty_like(p.tensor));
-      check_parameter(p, saved_.back());
+    for (const auto &p : point_.params()) {
       flat_ = flat_ || p.rho_shared != 0.0 || p.rho_task != 0.0;
-      auto group = std::find_if(groups_.begin(), groups_.end(), [&](const Indices &g) {
-        return tensors_[g[0]].scalar_type() == p.tensor.scalar_type();
-      });
-      if (group == groups_.end()) group = groups_.emplace(groups_.end());
-      group->push_back(i);
-    }
-    copy_all(saved_, tensors_);
-    versions_ = versions();
-    for (auto &tensor : tensors_) {
-      old_grads_.push_back(tensor.grad());
-      tensor.mutable_grad().reset();  // so that a backward inside the closure cannot add to it
+      old_grads_.push_back(p.tensor.grad());
+      torch::Tensor(p.tensor).mutable_grad().reset();  // so that a backward inside the closure cannot add to it
     }
   }
 
@@ -91,9 +58,7 @@ class Step {
     measure();
     if (flat_) {
       for (TaskState *state : present_) perturbed(closure, *state);
-      copy_all(tensors_, saved_);
-      moved_ = false;
-      versions_ = versions();
+      point_.restore();
       after.restore();
     }
     finish();
@@ -101,9 +66,9 @@ class Step {
 
   // Everything as it was before the step, bit for bit.
   void rollback() {
-    if (moved_ || versions() != versions_) copy_all(tensors_, saved_);
+    point_.rollback();
     if (!passes_.empty()) passes_[0].restore();
-    for (size_t i = 0; i < tensors_.size(); ++i) tensors_[i].mutable_grad() = old_grads_[i];
+    for (size_t i = 0; i < tensors().size(); ++i) torch::Tensor(tensors()[i]).mutable_grad() = old_grads_[i];
   }
 
   std::vector<Task> tasks() const {
@@ -112,19 +77,19 @@ class Step {
     return result;
   }
 
-  const std::vector<Parameter> &params() const { return params_; }
+  const std::vector<Parameter> &params() const { return point_.params(); }
   const TaskLosses &losses() const { return losses_; }
   const Record &record() const { return record_; }
   const std::unordered_map<Roles::Key, int64_t> &new_roles() const { return new_roles_; }
 
   // .grad of parameter i after the step.
   const torch::Tensor &gradient(size_t i) const {
-    return new_roles_.count(Roles::key(tensors_[i])) ? update_[i] : old_grads_[i];
+    return new_roles_.count(Roles::key(tensors()[i])) ? update_[i] : old_grads_[i];
   }
 
   // The record of a step that nonfinite "skip" left out.
   Record skipped_record() const {
-    Record record = empty_record();
+    Record record = empty_record(tasks_);
     record.skipped = true;
     return record;
   }
@@ -159,7 +124,7 @@ class Step {
     for (size_t i = 0; i < losses_.values.size(); ++i)
       if (losses_.values[i].defined()) losses_.values[i] = losses_.values[i].detach();
     if (losses_.tensor.defined()) losses_.tensor = losses_.tensor.detach().clone();
-    check_unchanged();
+    point_.check_unchanged();
     for (const auto &state : tasks_)
       if (state.loss) check_loss(state.task, state.loss->value, "unperturbed");
     if (known_tasks_ && tasks() != *known_tasks_)
@@ -190,27 +155,27 @@ class Step {
             " is an element of a vector computed as a whole, so the graph does not tell which parameters it reaches. "
             "Return the losses as separate scalars (or torch.stack of them), or name the shared parameters: "
             "FlatMTL(..., shared=...)");
-      Indices all(tensors_.size());
+      Indices all(tensors().size());
       for (size_t i = 0; i < all.size(); ++i) all[i] = i;
       state.grads = gradients(*loss, all, retain_graph);
     }
     tasks_.push_back(std::move(state));
   }
 
-  // d loss / d tensors_[indices], in the layout of the parameters; undefined where not reached.
+  // d loss / d tensors()[indices], in the layout of the parameters; undefined where not reached.
   Row gradients(const Loss &loss, const Indices &indices, bool retain_graph) const {
     if (indices.empty()) return {};
     const auto &meta = loss.edge.function->input_metadata(loss.edge.input_nr);
     const auto shape = shape_at(loss.edge).value_or(std::vector<int64_t>());
     const torch::Tensor root = at::empty(shape, meta.options()), seed = at::full(shape, 1.0, meta.options());
     torch::autograd::impl::set_gradient_edge(root, loss.edge);
-    Row found = torch::autograd::grad({root}, at(tensors_, indices), {seed}, retain_graph, /*create_graph=*/false,
+    Row found = torch::autograd::grad({root}, at(tensors(), indices), {seed}, retain_graph, /*create_graph=*/false,
                                       /*allow_unused=*/true);
     for (size_t k = 0; k < found.size(); ++k) {
-      const torch::Tensor &parameter = tensors_[indices[k]];
+      const torch::Tensor &parameter = tensors()[indices[k]];
       if (!found[k].defined()) continue;
       if (found[k].layout() != torch::kStrided)
-        throw std::runtime_error("gradient of parameter " + params_[indices[k]].name +
+        throw std::runtime_error("gradient of parameter " + params()[indices[k]].name +
                                  " is sparse; dense gradients are required");
       if (found[k].strides() != parameter.strides()) found[k] = torch::empty_like(parameter).copy_(found[k]);
     }
@@ -225,35 +190,25 @@ class Step {
     if (options_.norm() == "joint") shared_scale = own_scale = std::sqrt(state.sq_shared + state.sq_own);
     shared_scale = shared_scale != 0.0 ? 1.0 / shared_scale : 0.0;
     own_scale = own_scale != 0.0 ? 1.0 / own_scale : 0.0;
-    moved_ = true;
-    for (const auto &group : groups_) {
-      Indices chosen;
-      std::vector<double> scales;
-      for (size_t k = 0; k < moved.size(); ++k) {
-        const size_t i = moved[k];
-        if (!std::binary_search(group.begin(), group.end(), i)) continue;
-        chosen.push_back(i);
-        scales.push_back(k < shared_.size() ? params_[i].rho_shared * shared_scale : params_[i].rho_task * own_scale);
-      }
-      detail::perturb(at(tensors_, chosen), at(saved_, chosen), rows(state, chosen), scales, options_.adaptive(),
-                      options_.eta());
-    }
-    versions_ = versions();
+    std::vector<double> scales;
+    for (const size_t i : shared_) scales.push_back(params()[i].rho_shared * shared_scale);
+    for (const size_t i : state.own) scales.push_back(params()[i].rho_task * own_scale);
+    point_.move(moved, point_.row(state.grads, moved), scales, options_.adaptive(), options_.eta());
     const Loss loss = perturbed_loss(closure, state);
-    check_unchanged();
+    point_.check_unchanged();
     Indices reached;
     for (const size_t i : moved)
       if (state.grads[i].defined()) reached.push_back(i);
     const Row found = gradients(loss, reached, false);
-    Row grads(tensors_.size());
+    Row grads(tensors().size());
     for (size_t k = 0; k < reached.size(); ++k) grads[reached[k]] = found[k];
     state.perturbed_loss = loss.value;
     check_loss(state.task, loss.value, "perturbed");
-    for (const size_t i : state.own) state.own_perturbed.push_back(or_zeros(grads[i], tensors_[i]));
+    for (const size_t i : state.own) state.own_perturbed.push_back(or_zeros(grads[i], tensors()[i]));
     check_norm(sq_norm(state.own_perturbed, state.own, false), state.task, "perturbed");
     for (const size_t i : shared_)
-      state.shared_perturbed.push_back(state.grads[i].defined() ? or_zeros(grads[i], tensors_[i]) : zeros(i));
-    copy_some(tensors_, saved_, state.own);  // the shared ones are overwritten by the next perturbation
+      state.shared_perturbed.push_back(state.grads[i].defined() ? or_zeros(grads[i], tensors()[i]) : point_.zeros(i));
+    point_.restore(state.own);  // the shared ones are overwritten by the next perturbation
   }
 
   Loss perturbed_loss(const Closure &closure, const TaskState &state) {
@@ -272,7 +227,7 @@ class Step {
     const std::string form = describe(value);
     if (form != form_)
       throw std::runtime_error("closure returned " + form_ + " in the unperturbed pass, but " + form +
-                               " in a perturbed one");
+                               " in a perturbed pass");
     const auto loss = read_losses(value)[index];
     if (!loss) throw std::runtime_error("loss of task " + text(state.task) + " is None in the perturbed pass only");
     return *loss;
@@ -282,17 +237,17 @@ class Step {
 
   void find_roles() {
     std::vector<std::vector<Roles::Key>> reached(tasks_.size());
-    std::vector<bool> hit(tensors_.size());
+    std::vector<bool> hit(tensors().size());
     for (size_t t = 0; t < tasks_.size(); ++t)
       for (size_t i = 0; i < tasks_[t].grads.size(); ++i) {
         if (!tasks_[t].grads[i].defined()) continue;
-        reached[t].push_back(Roles::key(tensors_[i]));
+        reached[t].push_back(Roles::key(tensors()[i]));
         hit[i] = true;
       }
     new_roles_ = roles_.grown(reached);
-    for (size_t i = 0; i < tensors_.size(); ++i) {
+    for (size_t i = 0; i < tensors().size(); ++i) {
       if (!hit[i]) continue;
-      if (new_roles_.at(Roles::key(tensors_[i])) == SHARED) {
+      if (new_roles_.at(Roles::key(tensors()[i])) == SHARED) {
         shared_.push_back(i);
         continue;
       }
@@ -303,10 +258,9 @@ class Step {
 
   // Norms of the unperturbed gradients; which tasks are present.
   void measure() {
-    zeros_.resize(tensors_.size());
     for (auto &state : tasks_) {
       if (!state.loss) continue;
-      const Row shared = rows(state, shared_), own = rows(state, state.own);
+      const Row shared = point_.row(state.grads, shared_), own = point_.row(state.grads, state.own);
       state.sq_shared = sq_norm(shared, shared_, options_.adaptive());
       state.sq_own = sq_norm(own, state.own, options_.adaptive());
       check_norm(state.sq_shared + state.sq_own, state.task, "unperturbed");
@@ -320,11 +274,16 @@ class Step {
   // Gramians of both families, their weights, and the combined update.
   void finish() {
     const auto count = static_cast<int64_t>(present_.size());
-    torch::Tensor pair = torch::zeros({2 * count, 2 * count}, torch::kDouble);
+    std::vector<Row> loss, moved;
+    for (const TaskState *state : present_) {
+      loss.push_back(point_.row(state->grads, shared_));
+      if (flat_) moved.push_back(state->shared_perturbed);
+    }
+    torch::Tensor pair = torch::zeros({2 * count, 2 * count}, torch::kDouble), direct;
     std::vector<double> weights_loss(present_.size(), std::nan("")), weights_flat = weights_loss;
     flatmtl_status status[2] = {FLATMTL_OK, FLATMTL_OK};
     if (!shared_.empty() && count > 0) {
-      torch::Tensor direct = gramians(&pair);
+      std::tie(pair, direct) = gramians(loss, moved);
       const std::vector<double> options =
           options_.aggregator().option_values(static_cast<int64_t>(tasks_.size()), options_.seed(), draw_, present_at_);
       Context context("step_weights", count);
@@ -343,210 +302,63 @@ class Step {
             error);
       if (!flat_) weights_flat.assign(present_.size(), std::nan(""));
     }
-    combine(weights_loss, weights_flat);
-    record_ = make_record(pair, weights_loss, weights_flat, status);
+    combine(loss, moved, weights_loss, weights_flat);
+    record_ = empty_record(tasks_);
+    if (flat_) add_perturbed(&record_, tasks_, present_at_);
+    if (shared_.empty() || count == 0) return;
+    const Family loss_family{pair.slice(0, 0, count).slice(1, 0, count), weights_loss};
+    add_family(&record_.norms_loss, &record_.cosine_loss, &record_.weights_loss, loss_family, present_at_);
+    record_.pareto_stationary_loss = status[0] == FLATMTL_PARETO_STATIONARY;
+    if (!flat_) return;
+    const Family flat_family{pair.slice(0, count).slice(1, count), weights_flat};
+    add_family(&record_.norms_flat, &record_.cosine_flat, &record_.weights_flat, flat_family, present_at_);
+    record_.pareto_stationary_flat = status[1] == FLATMTL_PARETO_STATIONARY;
   }
 
-  // Fills `pair`, the Gramian of (g, f); returns that of s for combine "direct".
-  torch::Tensor gramians(torch::Tensor *pair) {
+  // The Gramian of (g, f), and that of s for combine "direct".
+  std::pair<torch::Tensor, torch::Tensor> gramians(const std::vector<Row> &loss, const std::vector<Row> &moved) const {
     const auto count = static_cast<int64_t>(present_.size());
-    torch::Tensor direct;
-    if (flat_ && options_.combine() == "direct") direct = torch::zeros({count, count}, torch::kDouble);
-    for (const auto &group : groups_) {
-      const Indices chosen = places(shared_, group);
-      if (chosen.empty()) continue;
-      const auto loss = loss_rows(chosen);
-      if (!flat_) {
-        pair->slice(0, 0, count).slice(1, 0, count).add_(gramian(loss));
-        continue;
-      }
-      const auto perturbed = perturbed_rows(chosen);
-      pair->add_(gramian_pair(loss, perturbed));
-      if (direct.defined()) direct.add_(gramian(perturbed));
+    torch::Tensor pair, direct;
+    if (flat_) {
+      pair = point_.gramian_pair(loss, moved, shared_);
+      if (options_.combine() == "direct") direct = point_.gramian(moved, shared_);
+    } else {
+      pair = torch::zeros({2 * count, 2 * count}, torch::kDouble);
+      pair.slice(0, 0, count).slice(1, 0, count).copy_(point_.gramian(loss, shared_));
     }
-    const auto values = pair->accessor<double, 2>();
+    const auto values = pair.accessor<double, 2>();
     for (int64_t i = 0; i < count; ++i) {
       check_norm(values[i][i], present_[static_cast<size_t>(i)]->task, "unperturbed");
       check_norm(values[count + i][count + i], present_[static_cast<size_t>(i)]->task, "perturbed");
     }
-    return direct;
+    return {pair, direct};
   }
 
   // The update: SUM a_i g_i + b_i f_i for shared parameters, t_i for own ones. Takes over the saved copies.
-  void combine(const std::vector<double> &weights_loss, const std::vector<double> &weights_flat) {
-    update_.resize(tensors_.size());
+  void combine(const std::vector<Row> &loss, const std::vector<Row> &moved, const std::vector<double> &weights_loss,
+               const std::vector<double> &weights_flat) {
+    Row &out = point_.saved();
+    update_.resize(tensors().size());
     if (present_.empty()) return;
-    for (const auto &group : groups_) {
-      const Indices chosen = places(shared_, group);
-      if (chosen.empty()) continue;
-      Row target;
-      for (const size_t k : chosen) target.push_back(saved_[shared_[k]]);
-      if (flat_)
-        combine_pair(target, loss_rows(chosen), perturbed_rows(chosen), weights_loss, weights_flat);
-      else
-        detail::combine(target, loss_rows(chosen), weights_loss);
-      for (const size_t k : chosen) update_[shared_[k]] = saved_[shared_[k]];
-    }
+    if (!shared_.empty()) point_.combine(shared_, loss, moved, weights_loss, weights_flat);
+    for (const size_t i : shared_) update_[i] = out[i];
     for (const TaskState *state : present_)
       for (size_t k = 0; k < state->own.size(); ++k) {
         const size_t i = state->own[k];
         const torch::Tensor &gradient = flat_ ? state->own_perturbed[k] : state->grads[i];
         if (update_[i].defined())  // only with shared(): an own parameter that several losses reach
-          saved_[i].add_(gradient);
+          out[i].add_(gradient);
         else
-          update_[i] = saved_[i].copy_(gradient);
+          update_[i] = out[i].copy_(gradient);
       }
-  }
-
-  // -- the record ---------------------------------------------------------------------------------------------------
-
-  Record empty_record() const {
-    const auto total = static_cast<int64_t>(tasks_.size());
-    Record record;
-    record.tasks = tasks();
-    std::vector<double> values;
-    std::vector<int64_t> with_loss;
-    for (int64_t i = 0; i < total; ++i)
-      if (const auto &loss = tasks_[static_cast<size_t>(i)].loss) {
-        with_loss.push_back(i);
-        values.push_back(loss->value.item<double>());
-      }
-    record.losses = spread(torch::tensor(values, torch::kDouble), with_loss, total);
-    for (auto *vector : {&record.perturbed_losses, &record.sharpness, &record.norms_loss, &record.norms_flat,
-                         &record.weights_loss, &record.weights_flat})
-      *vector = undefined({total});
-    record.cosine_loss = undefined({total, total});
-    record.cosine_flat = undefined({total, total});
-    return record;
-  }
-
-  // pair: the Gramian (2K x 2K) of the present tasks' (g, f).
-  Record make_record(const torch::Tensor &pair, const std::vector<double> &weights_loss,
-                     const std::vector<double> &weights_flat, const flatmtl_status *status) const {
-    const auto count = static_cast<int64_t>(present_.size()), total = static_cast<int64_t>(tasks_.size());
-    Record record = empty_record();
-    if (flat_) {
-      std::vector<double> values;
-      for (const TaskState *state : present_) values.push_back(state->perturbed_loss.item<double>());
-      record.perturbed_losses = spread(torch::tensor(values, torch::kDouble), present_at_, total);
-      record.sharpness = record.perturbed_losses - record.losses;
-    }
-    if (shared_.empty() || count == 0) return record;
-    const torch::Tensor index = torch::tensor(present_at_);
-    const auto describe_family = [&](int64_t offset, const std::vector<double> &weights, torch::Tensor *norms_out,
-                                     torch::Tensor *cosine_out, torch::Tensor *weights_out) {
-      const torch::Tensor gramian = pair.slice(0, offset, offset + count).slice(1, offset, offset + count);
-      const torch::Tensor norms = gramian.diagonal().sqrt();
-      const torch::Tensor cosine = (gramian / (norms.unsqueeze(1) * norms)).clamp(-1.0, 1.0);  // NaN if a norm is 0
-      *norms_out = spread(norms, present_at_, total);
-      cosine_out->index_put_({index.unsqueeze(1), index}, cosine);
-      *weights_out = spread(torch::tensor(weights, torch::kDouble), present_at_, total);
-    };
-    describe_family(0, weights_loss, &record.norms_loss, &record.cosine_loss, &record.weights_loss);
-    record.pareto_stationary_loss = status[0] == FLATMTL_PARETO_STATIONARY;
-    if (flat_) {
-      describe_family(count, weights_flat, &record.norms_flat, &record.cosine_flat, &record.weights_flat);
-      record.pareto_stationary_flat = status[1] == FLATMTL_PARETO_STATIONARY;
-    }
-    return record;
   }
 
   // -- small things -------------------------------------------------------------------------------------------------
 
-  static void check_parameter(const Parameter &p, const torch::Tensor &copy) {
-    const std::string what = "parameter " + p.name + " is ";
-    if (!p.tensor.is_floating_point())
-      throw std::invalid_argument(what + text(p.tensor.scalar_type()) +
-                                  "; only real floating-point ones are supported");
-    if (!p.tensor.is_cpu())
-      throw std::invalid_argument(what + "on " + p.tensor.device().str() +
-                                  "; the C++ optimizer works on the CPU alone");
-    if (core_dtype(p.tensor.scalar_type()) < 0)
-      throw std::invalid_argument(what + text(p.tensor.scalar_type()) +
-                                  "; float32, float64, bfloat16 and float16 work");
-    if (p.tensor.layout() != torch::kStrided || p.tensor.strides() != copy.strides())
-      throw std::invalid_argument(what + "not dense: its elements do not fill one block of memory");
-  }
+  const Row &tensors() const { return point_.tensors(); }
 
-  static Row at(const Row &row, const Indices &indices) {
-    Row result;
-    for (const size_t i : indices) result.push_back(row[i]);
-    return result;
-  }
-
-  // The places in `list` of those that are in the (sorted) group.
-  static Indices places(const Indices &list, const Indices &group) {
-    Indices result;
-    for (size_t k = 0; k < list.size(); ++k)
-      if (std::binary_search(group.begin(), group.end(), list[k])) result.push_back(k);
-    return result;
-  }
-
-  void copy_all(const Row &to, const Row &from) const {
-    for (const auto &group : groups_) detail::copy(at(to, group), at(from, group));
-  }
-
-  void copy_some(const Row &to, const Row &from, const Indices &indices) const {
-    for (const auto &group : groups_) {
-      Indices chosen;
-      for (const size_t k : places(indices, group)) chosen.push_back(indices[k]);
-      if (!chosen.empty()) detail::copy(at(to, chosen), at(from, chosen));
-    }
-  }
-
-  Row rows(const TaskState &state, const Indices &indices) {
-    Row result;
-    for (const size_t i : indices) result.push_back(state.grads[i].defined() ? state.grads[i] : zeros(i));
-    return result;
-  }
-
-  // g and s of the present tasks, at the places `chosen` of the shared parameters.
-  std::vector<Row> loss_rows(const Indices &chosen) {
-    Indices indices;
-    for (const size_t k : chosen) indices.push_back(shared_[k]);
-    std::vector<Row> result;
-    for (const TaskState *state : present_) result.push_back(rows(*state, indices));
-    return result;
-  }
-
-  std::vector<Row> perturbed_rows(const Indices &chosen) const {
-    std::vector<Row> result;
-    for (const TaskState *state : present_) result.push_back(at(state->shared_perturbed, chosen));
-    return result;
-  }
-
-  const torch::Tensor &zeros(size_t i) {
-    if (!zeros_[i].defined()) zeros_[i] = torch::zeros_like(tensors_[i]);
-    return zeros_[i];
-  }
-
-  // Squared norm of a row over all groups.
   double sq_norm(const Row &row, const Indices &indices, bool adaptive) const {
-    double total = 0.0;
-    for (const auto &group : groups_) {
-      const Indices chosen = places(indices, group);
-      if (chosen.empty()) continue;
-      Row params;
-      for (const size_t k : chosen)
-        if (adaptive) params.push_back(saved_[indices[k]]);
-      total += detail::sq_norm(at(row, chosen), params, options_.eta());
-    }
-    return total;
-  }
-
-  using Versions = std::vector<std::pair<int64_t, const void *>>;
-  Versions versions() const {
-    Versions result;
-    for (const auto &tensor : tensors_)
-      result.emplace_back(static_cast<int64_t>(tensor._version()), tensor.const_data_ptr());
-    return result;
-  }
-
-  void check_unchanged() const {
-    const auto now = versions();
-    for (size_t i = 0; i < now.size(); ++i)
-      if (now[i] != versions_[i])
-        throw std::runtime_error("parameter " + params_[i].name + " was changed in place by the closure");
+    return point_.sq_norm(row, indices, adaptive, options_.eta());
   }
 
   static void check_norm(double square, const Task &task, const char *pass) {
@@ -559,16 +371,14 @@ class Step {
     if (!std::isfinite(value)) throw NonFiniteError(task, pass, "the loss", value);
   }
 
-  std::vector<Parameter> params_;
+  Point point_;
   const FlatMTLOptions &options_;
   const Roles &roles_;
   const std::optional<std::vector<Task>> &known_tasks_;
   int64_t draw_;
   std::vector<ProtectedModule::Slot> slots_;
-  bool flat_ = false, moved_ = false;
-  Row tensors_, saved_, old_grads_, update_, zeros_;
-  std::vector<Indices> groups_;  // of one dtype each
-  Versions versions_;
+  bool flat_ = false;
+  Row old_grads_, update_;
   std::vector<Snapshot> passes_;
   std::vector<TaskState> tasks_;
   std::vector<TaskState *> present_;
