@@ -1,0 +1,63 @@
+"""Rows to measure on: K vectors of P numbers, in one tensor each or cut as the parameters of known models are."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from .models import ResNet18, VisionTransformer
+
+LAYOUTS = ("one", "500 x 400", "ResNet-18", "ViT")
+
+
+@functools.cache
+def shapes(layout: str) -> list[tuple[int, ...]]:
+    """The shapes of one row's tensors: those of a ResNet-18's trunk (62 parameters in 11.2 million numbers, with
+    the classifier of 1000 outputs 11.7) or of a small vision transformer's, or 500 tensors of 400 numbers."""
+    if layout == "500 x 400":
+        return [(400,)] * 500
+    models = {"ResNet-18": lambda: ResNet18([1000]), "ViT": VisionTransformer}
+    if layout not in models:
+        raise ValueError(f"there is no layout {layout!r}; there are {LAYOUTS[1:]}")
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in models[layout]().parameters()]
+
+
+def numbers(layout: str) -> int:
+    return sum(math.prod(shape) for shape in shapes(layout))
+
+
+class Arena:
+    """Memory that all cases of one dtype share, so that none pays for fresh pages. It holds normal random numbers; rows
+    differ in where they begin in a sequence that repeats itself after a prime number of elements."""
+
+    PERIOD = 1_000_003
+
+    def __init__(self, count: int, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype, self.count = dtype, count
+        self.numbers = torch.empty(count, dtype=dtype)
+        self.numbers[: self.PERIOD] = torch.randn(min(count, self.PERIOD), generator=torch.Generator().manual_seed(0))
+        for begin in range(self.PERIOD, count, self.PERIOD):
+            piece = self.numbers[begin : begin + self.PERIOD]
+            piece.copy_(self.numbers[: len(piece)])
+
+    def rows(self, count: int, length: int, start: int = 0) -> Tensor:
+        """(count, length), contiguous, beginning `start` rows into the arena."""
+        if (start + count) * length > self.count:
+            raise ValueError(f"the arena has {self.count} numbers; {start} + {count} rows of {length} were asked for")
+        return self.numbers[start * length : (start + count) * length].view(count, length)
+
+
+def cut(row: Tensor, layout: str) -> list[Tensor]:
+    """A row as tensors that lie one after another in its memory."""
+    if layout == "one":
+        return [row]
+    pieces, begin = [], 0
+    for shape in shapes(layout):
+        size = math.prod(shape)
+        pieces.append(row[begin : begin + size].view(shape))
+        begin += size
+    return pieces
