@@ -14,12 +14,13 @@ SOURCES := CMakeLists.txt pyproject.toml LICENSE $(wildcard README.md) $(shell f
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo deploy test test-long compare lint clean
+.PHONY: help demo deploy test test-long compare bench lint clean
 
 help:
 	@echo 'make demo       train a two-task network on handwritten digits, with and without F-MTL'
 	@echo 'make deploy     train in Python, fine-tune in C++ without Python, and compare'
 	@echo 'make compare    time the C step against the same algorithm in plain PyTorch'
+	@echo 'make bench      time kernels, solvers and steps beside the machine and other libraries; ARGS=--quick for a minute'
 	@echo 'make test       every check of a submission: linters, C and C++ tests, sanitizers, Python tests'
 	@echo 'make test-long  the slow ones too: thread sanitizer, valgrind, long property tests'
 	@echo 'make lint       the linters alone'
@@ -40,6 +41,9 @@ deploy: $(STAMPS)/examples
 
 compare: $(STAMPS)/cli
 	$(PY) -m flatmtl compare $(ARGS)
+
+bench: $(STAMPS)/bench
+	$(PY) -m flatmtl bench $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/lint
 	$(PY) tests/run.py
@@ -85,7 +89,7 @@ $(STAMPS)/package: $(STAMPS)/torch-$(TORCH) $(SOURCES)
 	@touch '$@'
 
 # The package's extras.
-EXTRAS := $(STAMPS)/cli $(STAMPS)/examples $(STAMPS)/test $(STAMPS)/lint
+EXTRAS := $(STAMPS)/bench $(STAMPS)/cli $(STAMPS)/examples $(STAMPS)/test $(STAMPS)/lint
 $(EXTRAS): $(STAMPS)/%: $(STAMPS)/.%-installed $(STAMPS)/package
 	@touch '$@'
 

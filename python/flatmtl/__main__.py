@@ -16,6 +16,7 @@ except ImportError as error:
     raise SystemExit(f"python -m flatmtl needs {error.name}: pip install 'flatmtl[cli]'") from None
 
 from . import _compare, _ops
+from ._bench import cli as _bench
 from ._compare import AUTHORS, PASSES, REFERENCE, WARM_UP, C, Settings
 
 app = typer.Typer(help="flatmtl: flat-minima training for multi-task PyTorch models.", no_args_is_help=True)
@@ -98,6 +99,10 @@ def show(record: dict[str, Any], console: Console) -> None:
         "Peak memory: during a step above that before it. Difference: largest of a parameter from the reference's "
         f"after {settings.steps + WARM_UP} steps; the largest parameter is {record['scale']:.2g}."
     )
+
+
+app.command()(_bench.bench)
+app.command()(_bench.bench_report)
 
 
 if __name__ == "__main__":

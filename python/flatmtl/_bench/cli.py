@@ -1,0 +1,83 @@
+"""The commands `bench` and `bench-report` of `python -m flatmtl`."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .settings import DEFAULT, FULL, MODES, QUICK, SECTIONS
+
+Section = Enum("Section", {name: name for name in SECTIONS}, type=str)  # type: ignore[misc]
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
+PlotsFolder = Annotated[Path | None, typer.Option("--plots", help="Draw the pictures into this folder.")]
+DocsFile = Annotated[Path | None, typer.Option("--docs", help="Put the tables between the markers of this file.")]
+
+
+def bench(
+    what: Annotated[
+        list[Section] | None, typer.Option(help="Sections to run, again for several; all by default.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More and larger cases: about half an hour.")] = False,
+    json_file: JsonFile = None,
+    plots: PlotsFolder = None,
+    docs: DocsFile = None,
+) -> None:
+    """Time kernels, solvers, aggregations and steps beside the machine's limits and other libraries, case by case in
+    turn."""
+    from . import run
+
+    if quick and full:
+        raise typer.BadParameter("--quick and --full exclude each other")
+    mode = MODES[(QUICK if quick else FULL if full else DEFAULT).name]
+    names = [section.value for section in what] if what else list(SECTIONS)
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with warnings.catch_warnings(), Progress(*columns, console=console, transient=True) as bar:
+        warnings.simplefilter("ignore")  # of other libraries, about their own dependencies
+        job = bar.add_task("benchmark", total=run.count(mode, names))
+        record = run.run(mode, names, lambda what: bar.update(job, advance=1, description=what))
+    if json_file is not None:
+        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _report(record, console, plots, docs)
+    if json_file is not None:
+        console.print(f"All numbers: {json_file}")
+
+
+def bench_report(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `bench --json` wrote.")],
+    plots: PlotsFolder = None,
+    docs: DocsFile = None,
+) -> None:
+    """Show the tables of an earlier run, draw its pictures, or put its tables into a document."""
+    _report(json.loads(file.read_text(encoding="utf-8")), Console(), plots, docs)
+
+
+def _report(record: dict[str, Any], console: Console, plots: Path | None, docs: Path | None) -> None:
+    from . import report
+
+    found = report.tables(record)
+    for entry in found:
+        table = Table(title=entry.title, title_justify="left")
+        for i, column in enumerate(entry.columns):
+            table.add_column(column, justify="right" if i else "left")
+        for row in entry.rows:
+            table.add_row(*row)
+        console.print(table)
+    if docs is not None:
+        docs.write_text(report.into(docs.read_text(encoding="utf-8"), found), encoding="utf-8")
+        console.print(f"Tables: {docs}")
+    if plots is not None:
+        from . import plots as drawing
+
+        for path in drawing.draw(record, plots):
+            console.print(f"Picture: {path}")

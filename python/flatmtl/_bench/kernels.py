@@ -1,0 +1,228 @@
+"""The kernels beside the time of their own memory traffic and the machine's arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from . import machine, rows
+from .native import Core
+from .probes import Probes
+from .settings import Mode, Progress
+from .timing import Effort, fits, interleave, threads
+
+KERNELS = ("gramian", "gramian_pair", "combine", "combine_pair", "perturb", "copy")
+OURS, C, FLOOR, TORCH = "flatmtl", "flatmtl (C)", "floor", "torch"
+ONE = "flatmtl (C), one tensor"
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """`numbers` is P, of one row. A pair has 2 `tasks` rows."""
+
+    kernel: str
+    tasks: int
+    numbers: int
+    dtype: str
+    threads: int
+    layout: str = "one"
+
+    @property
+    def inputs(self) -> int:
+        """Rows that are read."""
+        return {"gramian_pair": 2 * self.tasks, "combine_pair": 2 * self.tasks, "perturb": 2, "copy": 1}.get(
+            self.kernel, self.tasks
+        )
+
+    @property
+    def outputs(self) -> int:
+        return 0 if self.kernel.startswith("gramian") else 1
+
+    @property
+    def traffic(self) -> int:
+        """Bytes read and written."""
+        return (self.inputs + self.outputs) * self.numbers * BYTES[self.dtype]
+
+    @property
+    def operations(self) -> int:
+        """Additions and multiplications: those of the lower triangle of a Gramian."""
+        n = self.inputs
+        each = {"gramian": n * (n + 1), "gramian_pair": n * (n + 1) + n // 2, "perturb": 2, "copy": 0}
+        return each.get(self.kernel, 2 * n) * self.numbers
+
+
+def plan(mode: Mode) -> list[Case]:
+    """All cases that fit into memory, those of one dtype together."""
+    counts = sorted({1, machine.cores()} if mode.one_thread else {machine.cores()})
+    cases = [
+        Case(kernel, tasks, numbers, dtype, count)
+        for dtype in mode.kernel_dtypes
+        for numbers in mode.kernel_numbers
+        for kernel in KERNELS
+        for tasks in (mode.kernel_tasks if kernel not in ("perturb", "copy") else (1,))
+        for count in counts
+    ]
+    cases += [
+        Case("gramian", tasks, rows.numbers(layout), "float32", count, layout)
+        for layout in rows.LAYOUTS[1:]
+        for tasks in (3, 10)
+        for count in counts
+    ]
+    return [case for case in cases if case.traffic <= _memory(mode)]
+
+
+def _memory(mode: Mode) -> int:
+    _, available = machine.memory()
+    return mode.memory if available is None else min(mode.memory, available // 2)
+
+
+def run(mode: Mode, probes: Probes, progress: Progress, cases: list[Case] | None = None) -> dict[str, Any]:
+    """Record of the section: the `machine`'s limits for each number of threads, the `cases`, and the `fits`."""
+    cases = plan(mode) if cases is None else cases
+    largest = max(case.traffic for case in cases)
+    limits = []
+    for count in sorted({case.threads for case in cases}):
+        with threads(count):
+            bandwidth = probes.bandwidth(max(_memory(mode) >> 20, 8))
+            limits.append({"threads": count, **bandwidth, "peak": probes.peak(count)})
+        progress(f"limits with {count} threads")
+    results: list[dict[str, Any]] = []
+    arena: rows.Arena | None = None
+    for case in cases:
+        dtype = getattr(torch, case.dtype)
+        if arena is None or arena.dtype != dtype:
+            arena = None  # frees the old one first
+            arena = rows.Arena(largest // BYTES[case.dtype] + 64, dtype)
+        results.append(measure(case, arena, probes, mode.effort))
+        progress(f"{case.kernel}, K = {case.tasks}, P = {case.numbers:,}")
+    plain = [c for c in results if c["layout"] == "one"]
+    # copy and perturb have no K, and one K makes no fit: those groups give nothing
+    return {
+        "probes": probes.kind,
+        "limits": limits,
+        "cases": results,
+        "fits": fits(plain, "numbers", ("kernel", "tasks", "dtype", "threads"))
+        + fits(plain, "tasks", ("kernel", "numbers", "dtype", "threads")),
+    }
+
+
+def measure(case: Case, arena: rows.Arena, probes: Probes, effort: Effort) -> dict[str, Any]:
+    with threads(case.threads), torch.no_grad():
+        base, contenders = build(case, arena, probes)
+        times = interleave(contenders, effort, base)
+    return {
+        **dataclasses.asdict(case),
+        "tensors": 1 if case.layout == "one" else len(rows.shapes(case.layout)),
+        "bytes": case.traffic,
+        "operations": case.operations,
+        "base": base,
+        "times": times,
+    }
+
+
+def build(case: Case, arena: rows.Arena, probes: Probes) -> tuple[str, dict[str, Callable[[], Any]]]:
+    """The name of the contender that ratios refer to, and all contenders. What they return is equal, but for `floor`'s."""
+    matrix = arena.rows(case.inputs, case.numbers)
+    out = arena.rows(1, case.numbers, case.inputs)[0] if case.outputs else None
+    if case.layout != "one":
+        return ONE, _in_pieces(case, matrix, probes)
+    floor = probes.read(list(matrix)) if out is None else probes.mix(list(matrix), out)
+    contenders: dict[str, Callable[[], Any]] = {FLOOR: floor, OURS: _ours(case, matrix, out)}
+    if case.dtype == "float32":  # in bfloat16 torch rounds every result, which is not the same work
+        contenders[TORCH] = _torch(case, matrix, out)
+    return FLOOR, contenders
+
+
+def _weights(count: int) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+def _ours(case: Case, matrix: Tensor, out: Tensor | None) -> Callable[[], Any]:
+    table, k, w = [[row] for row in matrix], case.tasks, _weights(case.tasks)
+    if case.kernel == "gramian":
+        return lambda: _native.gramian(table)
+    if case.kernel == "gramian_pair":
+        return lambda: _native.gramian_pair(table[:k], table[k:])
+    assert out is not None
+    target = [out]
+    works: dict[str, Callable[[], None]] = {
+        "combine": lambda: _native.combine_(target, table, w),
+        "combine_pair": lambda: _native.combine_pair_(target, table[:k], table[k:], w, 0.5 * w),
+        "perturb": lambda: _native.perturb_(target, table[0], table[1], [0.05], False, 0.0),
+        "copy": lambda: _native.copy_(target, table[0]),
+    }
+    return _giving(works[case.kernel], out)
+
+
+def _torch(case: Case, matrix: Tensor, out: Tensor | None) -> Callable[[], Any]:
+    """The same in torch's operations, in float32."""
+    k, w = case.tasks, _weights(case.tasks).tolist()
+    if case.kernel == "gramian":
+        return lambda: matrix @ matrix.T
+    if case.kernel == "gramian_pair":
+
+        def pair() -> Tensor:
+            both = torch.cat([matrix[:k], matrix[k:] - matrix[:k]])
+            return both @ both.T
+
+        return pair
+    assert out is not None
+    target = [out]
+
+    def add(row: Tensor, weight: float) -> None:
+        torch._foreach_add_(target, [row], alpha=weight)
+
+    def combine() -> None:
+        torch._foreach_copy_(target, [matrix[0]])
+        torch._foreach_mul_(target, w[0])
+        for row, weight in zip(matrix[1:], w[1:], strict=True):
+            add(row, weight)
+
+    def combine_pair() -> None:
+        torch._foreach_copy_(target, [matrix[0]])
+        torch._foreach_mul_(target, 0.5 * w[0])
+        for i in range(1, k):
+            add(matrix[i], 0.5 * w[i])
+        for i in range(k):
+            add(matrix[k + i], 0.5 * w[i])
+
+    def perturb() -> None:
+        torch._foreach_copy_(target, [matrix[0]])
+        add(matrix[1], 0.05)
+
+    works = {
+        "combine": combine, "combine_pair": combine_pair, "perturb": perturb,
+        "copy": lambda: torch._foreach_copy_(target, [matrix[0]]),
+    }  # fmt: skip
+    return _giving(works[case.kernel], out)
+
+
+def _giving(work: Callable[[], object], out: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        work()
+        return out
+
+    return call
+
+
+def _in_pieces(case: Case, matrix: Tensor, probes: Probes) -> dict[str, Callable[[], Any]]:
+    """The Gramian of rows in many tensors; in one tensor each; and through torch's dispatcher."""
+    core = Core(probes, case.tasks)
+    pieces = [rows.cut(row, case.layout) for row in matrix]
+    return {
+        ONE: core.gramian([[row] for row in matrix]),
+        C: core.gramian(pieces),
+        OURS: lambda: _native.gramian(pieces),
+        TORCH: lambda: _cat_gramian(pieces),
+    }
+
+
+def _cat_gramian(pieces: list[list[Tensor]]) -> Tensor:
+    joined = torch.stack([torch.cat([t.view(-1) for t in row]) for row in pieces])
+    return joined @ joined.T

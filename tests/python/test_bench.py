@@ -1,0 +1,446 @@
+"""`python -m flatmtl bench`: its numbers mean what they say, its contenders do the same work, its record is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from flatmtl import _authors, _native, reference
+from flatmtl.__main__ import app
+from flatmtl._bench import contenders, kernels, plots, report, rows, run, settings, solvers, steps, timing
+from flatmtl._bench.native import Core
+from flatmtl._bench.probes import Probes
+from flatmtl._bench.timing import Effort
+from typer.testing import CliRunner
+
+SHORT = Effort(0.0, 3, sample=1e-6)
+TINY = dataclasses.replace(
+    settings.QUICK, effort=SHORT, memory=4 << 20, kernel_tasks=(2, 3, 4), kernel_numbers=(300, 600, 1200),
+    solver_tasks=(2, 3), aggregation_methods=("mgda",), aggregation_numbers=(100, 200, 400),
+    step_numbers=(100, 200, 400), resnet_batch=2, model_steps=1, memory_width=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def probes() -> Probes:
+    return Probes()
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of a run in which every case is tiny; steps but for the real models and the memory, which have their own tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows, "LAYOUTS", ("one", "500 x 400"))
+        patch.setattr(solvers, "METHODS", ("mgda", "pcgrad"))
+        patch.setattr(
+            steps, "model_step", lambda name, tasks, *_: {
+                "model": name, "tasks": tasks, "batch": 2, "size": 8, "numbers": 9, "threads": 1,
+                "times": {n: {"median": 1.0, "lower": 1.0, "upper": 1.0, "ratio": timing.summary([2.0])} for n in (
+                    steps.PASSES, steps.OURS, steps.REFERENCE)},
+            },
+        )  # fmt: skip
+        peaks = {steps.SUM: 100, steps.OURS: 800, f"{steps.OURS}, rho = 0": 400, steps.REFERENCE: 1500}
+        patch.setattr(
+            steps, "memory", lambda tasks, width: {
+                "tasks": tasks, "width": width, "row": 100, "largest": 50, "peaks": peaks,
+            },
+        )  # fmt: skip
+        calls: list[str] = []
+        result = run.run(TINY, progress=calls.append)
+        assert len(calls) == run.count(TINY, settings.SECTIONS)
+    return json.loads(json.dumps(result))  # as it comes back from a file
+
+
+# -- timing -----------------------------------------------------------------------------------------------------------
+
+
+def test_medians_quartiles_and_ratios() -> None:
+    order: list[str] = []
+
+    def sleeper(name: str, seconds: float):
+        def work() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return work
+
+    found = timing.interleave({"a": sleeper("a", 1e-3), "b": sleeper("b", 4e-3)}, Effort(0.0, 6, sample=1e-9), "a")
+    assert order[6:12] == ["a", "b", "b", "a", "a", "b"]  # after three calls of each to warm up
+    assert len(order) == 2 * (3 + 6)
+    assert found["a"]["rounds"] == 6
+    for entry in found.values():
+        assert entry["lower"] <= entry["median"] <= entry["upper"]
+    assert found["a"]["lower"] >= 1e-3
+    assert found["b"]["lower"] >= 4e-3
+    assert "ratio" not in found["a"]
+    assert found["b"]["ratio"]["median"] > 1.0
+
+
+def test_short_work_is_repeated_within_a_sample() -> None:
+    calls = 0
+
+    def work() -> None:
+        nonlocal calls
+        calls += 1
+        time.sleep(1e-3)
+
+    found = timing.interleave({"a": work}, Effort(0.0, 2, sample=1e-2))
+    assert calls >= 2 * 3
+    assert found["a"]["lower"] >= 1e-3  # of one call, not of a sample
+
+
+def test_summary_of_known_values() -> None:
+    assert timing.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "lower": 2.0, "upper": 4.0}
+
+
+def test_power_law_of_synthetic_data() -> None:
+    x = [1e3, 1e4, 1e5, 1e6]
+    exact = timing.power_law(x, [3.0 * a**1.5 for a in x])
+    assert exact is not None
+    assert exact["exponent"] == pytest.approx(1.5)
+    assert exact["factor"] == pytest.approx(3.0)
+    assert exact["error"] == pytest.approx(0.0, abs=1e-9)
+    # log y = u + (+d, -d, -d, +d) at u = 0, 1, 2, 3: the slope stays 1, the residuals are d each, S_uu = 5
+    noisy = timing.power_law(
+        [math.exp(u) for u in range(4)], [math.exp(u + d) for u, d in enumerate([0.1, -0.1, -0.1, 0.1])]
+    )
+    assert noisy is not None
+    assert noisy["exponent"] == pytest.approx(1.0)
+    assert noisy["error"] == pytest.approx(math.sqrt(4 * 0.01 / 2 / 5))
+    assert timing.power_law([1.0, 2.0, 2.0], [1.0, 2.0, 2.1]) is None
+
+
+def test_fits_group_cases() -> None:
+    cases = [
+        {"n": n, "k": k, "times": {"a": {"median": k * n**2}, "b": {"median": n}}} for n in (1, 2, 4) for k in (1, 5)
+    ]
+    found = {(f["contender"], f["k"]): (f["exponent"], f["factor"]) for f in timing.fits(cases, "n", ("k",))}
+    assert found[("a", 5)] == (pytest.approx(2.0), pytest.approx(5.0))
+    assert found[("b", 1)] == (pytest.approx(1.0), pytest.approx(1.0))
+    assert len(found) == 4
+
+
+# -- probes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("length", [1, 1000, 200_003])
+def test_streams_touch_every_byte(compiled: bool, length: int) -> None:
+    probes = Probes(compiled)
+    x = torch.randint(0, 100, (3, length), dtype=torch.uint8)
+    out = torch.zeros(length, dtype=torch.uint8)
+    probes.mix(list(x), out)()
+    expected = x[0] ^ x[1] ^ x[2] if probes.kind == "compiled" else x[0] + x[1] + x[2]
+    assert torch.equal(out, expected)
+    probes.read(list(x))()
+
+
+def test_a_compiler_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    probes = Probes()
+    assert probes.kind == "torch"
+    assert probes.peak(1, 0.0) > 0
+    assert min(probes.bandwidth(1, 2).values()) > 0
+
+
+def test_limits_are_within_reason(probes: Probes) -> None:
+    with timing.threads(1):
+        found = probes.bandwidth(4, 3)
+        peak = probes.peak(1, 0.0)
+    assert 1e6 < found["read"] < 1e13
+    assert 1e6 < found["triad"] < 1e13
+    assert 1e6 < peak < 1e12  # of one core
+
+
+# -- contenders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_do_what_torch_does(kernel: str, dtype: str, probes: Probes) -> None:
+    case = kernels.Case(kernel, 1 if kernel in ("perturb", "copy") else 3, 1000, dtype, 1)
+    arena = rows.Arena(case.traffic, getattr(torch, dtype))
+    _, found = kernels.build(case, arena, probes)
+    assert (
+        set(found)
+        == {"float32": {kernels.FLOOR, kernels.OURS, kernels.TORCH}, "bfloat16": {kernels.FLOOR, kernels.OURS}}[dtype]
+    )
+    ours = found[kernels.OURS]().double().clone()
+    if dtype == "float32":
+        torch.testing.assert_close(found[kernels.TORCH]().double(), ours, rtol=1e-5, atol=1e-3)
+    wide = kernels.Case(kernel, case.tasks, 1000, "float32", 1)
+    exact = rows.Arena(arena.count)
+    exact.numbers.copy_(arena.numbers)
+    expected = kernels.build(wide, exact, probes)[1][kernels.TORCH]().double()
+    torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_traffic_and_operations() -> None:
+    pair = kernels.Case("gramian_pair", 3, 100, "bfloat16", 1)
+    assert pair.traffic == 6 * 100 * 2
+    assert pair.operations == (2 * 21 + 3) * 100  # 21 products and sums, 3 differences
+    combine = kernels.Case("combine", 3, 100, "float32", 1)
+    assert (combine.traffic, combine.operations) == (4 * 100 * 4, 6 * 100)
+
+
+def test_the_c_interface(probes: Probes) -> None:
+    x = rows.Arena(5 * 700_000).rows(5, 200_000)
+    pieces = [rows.cut(row, "500 x 400") for row in x]
+    core = Core(probes, 3)
+    assert torch.equal(core.gramian(pieces[:3])(), _native.gramian(pieces[:3]))
+    assert torch.equal(core.gramian_pair(pieces[:2], pieces[2:4])(), _native.gramian_pair(pieces[:2], pieces[2:4]))
+    w = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    core.combine(pieces[4], pieces[:2], w)()
+    torch.testing.assert_close(x[4], x[0] - 2 * x[1])
+    with pytest.raises(RuntimeError, match="status -9"):
+        core.gramian([[torch.tensor([math.nan])]])()
+
+
+@pytest.mark.parametrize(("layout", "tensors", "numbers"), [("ResNet-18", 62, 11_689_512), ("ViT", 152, 5_717_416)])
+def test_layouts_are_the_published_networks(layout: str, tensors: int, numbers: int) -> None:
+    assert len(rows.shapes(layout)) == tensors
+    assert rows.numbers(layout) == numbers
+
+
+def test_arena_rows_differ_and_repeat_nothing_early() -> None:
+    arena = rows.Arena(2_500_000)
+    x = arena.rows(2, 1_200_000)
+    cosine = torch.nn.functional.cosine_similarity(x[0], x[1], dim=0)
+    assert abs(float(cosine)) < 0.01
+    assert float(x.std()) == pytest.approx(1.0, abs=0.01)
+    with pytest.raises(ValueError, match="2500000"):
+        arena.rows(3, 1_000_000)
+
+
+TOLERANCE = {contenders.REFERENCE: 1e-6, contenders.TORCHJD: 0.1, contenders.AUTHORS: 0.2, contenders.TORCH: 0.2}
+
+
+@pytest.mark.parametrize("method", solvers.METHODS)
+def test_solvers_agree(method: str) -> None:
+    g = solvers.gramian(2)
+    found, absent = contenders.solvers(method, 2)
+    assert not set(found) & set(absent)
+    ours = found[contenders.OURS](g)
+    for name, solve in found.items():
+        assert solvers.direction_difference(ours, solve(g), g) <= TOLERANCE.get(name, 1e-9), name
+
+
+@pytest.mark.parametrize("method", ["sum", "pcgrad", "cagrad"])
+def test_aggregations_agree(method: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 50, generator=generator)
+    x[1] -= x[0]  # in conflict
+    found, _ = contenders.aggregations(method, 2)
+    if method == "pcgrad" and contenders.versions()[contenders.PYTORCH_OPTIMIZER]["version"]:
+        assert contenders.PYTORCH_OPTIMIZER in found
+    expected = reference.aggregate(x, method)
+    for update in (call(x) for call in found.values()):
+        torch.testing.assert_close(update / update.norm(), expected / expected.norm(), rtol=1e-3, atol=1e-4)
+
+
+def test_direction_difference_of_known_updates() -> None:
+    g = torch.eye(2, dtype=torch.float64)
+    a, b = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 2.0])
+    assert solvers.direction_difference(a, b, g) == pytest.approx(math.sqrt(2))
+    assert solvers.direction_difference(a, 2 * a, g) == 0
+
+
+def test_what_is_missing_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    versions = contenders.versions()
+    assert versions["torchjd"]["version"] is None
+    assert "torchjd" in versions["torchjd"]["absent"]
+    found, absent = contenders.aggregations("pcgrad", 2)
+    assert {"torchjd", "pytorch_optimizer"} <= set(absent)
+    assert set(found) == {"flatmtl", "reference"}
+
+
+def test_methods_without_a_published_solver_say_so() -> None:
+    with pytest.raises(ValueError, match="ntkmtl"):
+        _authors.solver("ntkmtl")
+    assert contenders.AUTHORS in contenders.solvers("ntkmtl", 2)[1]
+
+
+# -- steps --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["one", "500 x 400"])
+def test_ready_rows_are_the_gradients_of_a_step(layout: str) -> None:
+    count = 50 if layout == "one" else 200_000
+    x = torch.randn(5, count, generator=torch.Generator().manual_seed(0))
+    g, s = ([rows.cut(row, layout) for row in half] for half in (x[:2], x[2:4]))
+    updates = []
+    for optimizer in (steps.flatmtl.FlatMTL, reference.FlatMTL):
+        ready = steps.ReadyRows(rows.cut(x[4], layout), g, s if not updates else [[t.clone() for t in r] for r in s])
+        wrapped = optimizer(torch.optim.SGD(ready.params, lr=0.0), aggregator="sum", rho=0.05)
+        updates.append(torch.cat([t.reshape(-1) for t in ready.step(wrapped)]))
+        assert ready.calls == 3
+        for p, before in zip(ready.params, rows.cut(x[4], layout), strict=True):
+            assert torch.equal(p, before)
+    for update in updates:  # SUM g + SUM (s - g)
+        torch.testing.assert_close(update, x[2] + x[3], rtol=1e-5, atol=1e-5)
+
+
+def test_a_real_model_is_stepped() -> None:
+    entry = steps.model_step("transformer", 2, 2, 4, Effort(0.0, 1), 1)
+    assert set(entry["times"]) == {steps.PASSES, steps.OURS, steps.REFERENCE}
+    trained = steps.Trained("ResNet-18", 2, 2, 32)
+    assert sum(p.numel() for p in trained.shared) == 11_689_512 - 513_000  # without the classifier
+    assert [out.shape for out in trained.model(trained.x)] == [(2, 10), (2, 10)]
+
+
+def test_bare_passes_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = steps.Trained("transformer", 2, 2, 4)
+    backwards: list[int] = []
+    original = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), original(*a, **k))[1])
+    forwards: list[int] = []
+    trained.model.register_forward_hook(lambda *_: forwards.append(1))
+    trained.bare()
+    bare = len(forwards), len(backwards)
+    forwards.clear(), backwards.clear()
+    trained.optimizer(steps.OURS).step(trained.closure)
+    assert (len(forwards), len(backwards)) == bare == (3, 4)
+
+
+@pytest.mark.slow
+def test_peak_memory_in_rows() -> None:
+    entry = steps.memory(2, 256)
+    peaks = entry["peaks"]
+    if None in peaks.values():
+        pytest.skip("no /proc")
+    assert entry["row"] == 4 * 4 * (256 * 256 + 256)
+    beyond = (peaks[steps.OURS] - peaks[steps.SUM]) / entry["row"]
+    assert 2 * 2 - 1.5 <= beyond <= 3 * (2 * 2 + 1)
+
+
+# -- record, tables, pictures -------------------------------------------------------------------------------------------
+
+
+def test_record(record: dict) -> None:
+    assert record["mode"] == "quick"
+    facts = record["machine"]
+    assert facts["cores"] >= 1
+    assert facts["isa"] in ("base", "avx2", "avx512", "neon")
+    assert facts["torch"] == torch.__version__
+    assert {case["kernel"] for case in record["kernels"]["cases"]} == set(kernels.KERNELS)
+    assert {case["layout"] for case in record["kernels"]["cases"]} == {"one", "500 x 400"}
+    assert {case["method"] for case in record["solvers"]["cases"]} == {"mgda", "pcgrad"}
+    for section in ("kernels", "aggregation", "steps"):
+        assert any(fit["against"] == "numbers" for fit in record[section]["fits"])
+    for case in [*record["kernels"]["cases"], *record["solvers"]["cases"], *record["aggregation"]["cases"],
+                 *record["steps"]["arithmetic"]]:  # fmt: skip
+        for entry in case["times"].values():
+            assert 0 < entry["lower"] <= entry["median"] <= entry["upper"]
+            assert entry["rounds"] >= 3
+    for case in record["solvers"]["cases"]:
+        assert case["times"]["reference"]["difference"] < 1e-6
+
+
+def test_tables(record: dict) -> None:
+    found = report.tables(record)
+    assert {table.name for table in found} == {
+        "machine", "targets", "kernels", "layouts", "solvers", "aggregation", "arithmetic", "models", "memory", "growth",
+    }  # fmt: skip
+    for table in found:
+        assert all(len(row) == len(table.columns) for row in table.rows), table.name
+        assert all(isinstance(cell, str) for row in table.rows for cell in row)
+    targets = {row[0]: row for table in found if table.name == "targets" for row in table.rows}
+    memory = targets["peak memory in rows, flatmtl"]
+    assert memory[2] == "7.00"
+    assert targets["step / forwards and backwards, transformer, 3 heads"][2] == "2.000"
+
+
+def test_targets_on_made_up_numbers() -> None:
+    entry = {"median": 2.0, "lower": 2.0, "upper": 2.0, "ratio": timing.summary([1.5])}
+    case = {"kernel": "gramian", "tasks": 16, "numbers": 10, "dtype": "float32", "layout": "one", "operations": 100,
+            "bytes": 1}  # fmt: skip
+    section = {
+        "limits": [{"threads": 1, "peak": 100.0}, {"threads": 2, "peak": 200.0}],
+        "cases": [
+            {**case, "threads": 1, "times": {kernels.OURS: entry}},
+            {**case, "threads": 2, "times": {kernels.OURS: {**entry, "median": 3.0}}},
+            {**case, "threads": 1, "tasks": 3, "times": {kernels.OURS: entry}},
+        ],
+    }
+    (table,) = report.targets({"kernels": section}, report.Table)
+    rows_ = {row[0]: row[2:] for row in table.rows}
+    assert rows_["Gramian of 16 rows or more, float32, share of the FMA peak"] == ["33 %", "50 % - 17 %", "2"]
+    assert rows_["all threads / one thread, any kernel"] == ["1.50", "1.50 - 1.50", "1"]
+    assert rows_["Gramian of at most 10 rows, float32 / reading them"] == ["1.50", "1.50 - 1.50", "1"]
+
+
+def test_cells() -> None:
+    assert [report.seconds(x) for x in (12.345, 0.0123, 1.5e-6, 2e-9)] == ["12.3 s", "12.3 ms", "1.50 µs", "2 ns"]
+    assert report.spread({"median": 1.0, "lower": 0.5, "upper": 250.0}, report.ratio) == "1.00 (0.50 - 250)"
+
+
+def test_tables_go_between_their_markers() -> None:
+    table = report.Table("memory", "Title.", ["", "a"], [["x", "1 | 2"]])
+    text = (
+        "before\n<!-- bench: memory -->\nold\n<!-- bench: end -->\n<!-- bench: growth -->\nkept\n<!-- bench: end -->\n"
+    )
+    new = report.into(text, [table])
+    assert "old" not in new
+    assert "| x | 1 \\| 2 |" in new
+    assert "kept" in new
+    assert report.into(new, [table]) == new
+    with pytest.raises(ValueError, match="markers"):
+        report.into("no markers", [table])
+
+
+def test_docs_have_a_place_for_every_table(record: dict) -> None:
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    text = page.read_text(encoding="utf-8")
+    for table in report.tables(record):
+        assert f"<!-- bench: {table.name} -->" in text
+    report.into(text, report.tables(record))
+
+
+def test_pictures(record: dict, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    written = {path.name for path in plots.draw(record, tmp_path / "new")}
+    names = ("kernels_p", "kernels_k", "roofline", "solvers", "aggregation", "step")
+    assert written == {f"bench_{name}.png" for name in names}
+    for path in (tmp_path / "new").iterdir():
+        assert path.read_bytes()[:4] == b"\x89PNG"
+    assert plots.draw({}, tmp_path / "empty") == []
+
+
+def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(settings.MODES, "quick", TINY)
+    monkeypatch.setattr(solvers, "METHODS", ("mgda",))
+    file, page = tmp_path / "record.json", tmp_path / "page.md"
+    result = CliRunner().invoke(app, ["bench", "--quick", "--what", "solvers", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "A solve on a ready Gramian" in result.output
+    record = json.loads(file.read_text())
+    assert "kernels" not in record
+    page.write_text("<!-- bench: solvers -->\n<!-- bench: end -->\n")
+    result = CliRunner().invoke(app, ["bench-report", str(file), "--docs", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "| mgda | 2 |" in page.read_text()
+    assert CliRunner().invoke(app, ["bench", "--quick", "--full"]).exit_code == 2
+    assert CliRunner().invoke(app, ["bench", "--what", "everything"]).exit_code == 2
+    with pytest.raises(ValueError, match="everything"):
+        run.run(TINY, ["everything"])
+
+
+def test_probe_source_has_no_warnings() -> None:
+    source = Path(kernels.__file__).with_name("probe.c")
+    compiler = __import__("shutil").which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    command = [compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-c", str(source), "-o", "/dev/null"]
+    subprocess.run(command, check=True)
