@@ -64,6 +64,7 @@ class Untouched:
                 if not torch.equal(p, value):  # also where it holds NaN
                     p.copy_(value)
                 p.grad = grad
+        torch.clear_autocast_cache()
         self._watching.__exit__(None, None, None)
         self.rewind()
         self._interrupt.__exit__(*exc)
@@ -71,6 +72,7 @@ class Untouched:
 
 def evaluate(closure: Any, arguments: tuple[Any, ...], untouched: Untouched) -> tuple[list[Task], list[float]]:
     """The tasks, and their losses as numbers, NaN for an absent one."""
+    torch.clear_autocast_cache()  # within an outer autocast it holds the parameters cast at another point
     with untouched.window(), torch.no_grad():
         if _losses.is_per_task(closure):
             _losses.check_closures(closure)

@@ -281,10 +281,14 @@ class Passes:
 
     def _call(self, forward: Forward, task: Task | None, grad: bool = True) -> Any:
         features = nullcontext() if self.features is None else self.features.watching()
-        with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching(), features:
-            if _losses.takes_task(forward.closure):
-                return forward.closure(*forward.arguments, task=task)
-            return forward.closure(*forward.arguments)
+        torch.clear_autocast_cache()  # within an outer autocast it holds the parameters cast at another point
+        try:
+            with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching(), features:
+                if _losses.takes_task(forward.closure):
+                    return forward.closure(*forward.arguments, task=task)
+                return forward.closure(*forward.arguments)
+        finally:
+            torch.clear_autocast_cache()
 
     def _gradients(self, losses: Sequence[Loss], indices: Sequence[int], retain_graph: bool) -> list[Tensor | None]:
         """Gradients of the sum of the losses, times the loss scale."""

@@ -131,8 +131,12 @@ class Step:
         self._find_roles()
         self._measure()
         self.passes.stop_at_features = self.featured
+        if self.flat and self.featured:
+            self.passes.at_features = None  # those of the perturbed pass are other tensors
         if self.flat:
             self.settings.flat.perturb(self)
+        if self.summed:  # only now the tasks' own gradients are known
+            self._measure()
         if self.featured:  # while the graph of the trunk is there
             _featured.finish(self)
         if self.flat:
@@ -164,7 +168,7 @@ class Step:
         zero."""
         adaptive = self.settings.adaptive
         if self.summed:
-            self.present = [state for state in self.tasks if state.loss is not None]
+            self.present = [s for s in self.tasks if s.loss is not None and not self._zero(s, s.perturbed)]
             return
         self.present = []
         for state in self.tasks:
@@ -174,14 +178,19 @@ class Step:
             state.sq_shared = self.sq_norm(rows, self.shared, adaptive)
             state.sq_own = self.sq_norm(own, state.own, adaptive)
             check_square(state.sq_shared + state.sq_own, state.task, "unperturbed")
-            absent = float(state.loss) == 0.0 and self.sq_norm(rows, self.shared, False) == 0.0
-            absent = absent and self.sq_norm(own, state.own, False) == 0.0
-            if absent and (at := self.passes.at_features) is not None:
-                absent = float(at.gramian([state.index])) == 0.0
-            if absent:
-                continue
-            self.present.append(state)
+            if not self._zero(state, state.grads):
+                self.present.append(state)
         self.factors = _weighting.factors(self)
+
+    def _zero(self, state: TaskState, gradients: list[Tensor | None]) -> bool:
+        """Whether the loss and its gradient are zero; False where `gradients` is empty, not known yet."""
+        if not gradients or float(state.loss) != 0.0:  # type: ignore[arg-type]
+            return False
+        for indices in (self.shared, state.own):
+            if self.sq_norm(self.point.row(gradients, indices), indices, False) != 0.0:
+                return False
+        at = self.passes.at_features
+        return at is None or float(at.gramian([state.index])) == 0.0
 
     # -- what flatness modes use -----------------------------------------------------------------------------------
 

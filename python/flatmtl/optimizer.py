@@ -142,6 +142,7 @@ class FlatMTL(Optimizer):
             raise TypeError("optimizer is a FlatMTL already")
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("LBFGS cannot be wrapped: its step evaluates a closure of a single loss several times")
+        _check_duplicates(optimizer.param_groups)
         _check_rho(rho, "rho")
         if eta is not None and not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
             raise ValueError(f"Invalid eta: {eta} (expected a finite number >= 0)")
@@ -239,6 +240,9 @@ class FlatMTL(Optimizer):
         """As the wrapped optimizer's; the group may have a `rho`."""
         if isinstance(param_group, dict) and "rho" in param_group:
             _check_rho(param_group["rho"], "rho of the param group")
+        if isinstance(param_group, dict) and not isinstance(param_group.get("params", ()), (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+            _check_duplicates([param_group], first=len(self.param_groups))
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -518,6 +522,20 @@ def _check_rho(rho: Any, what: str) -> None:
     pair = rho if isinstance(rho, (tuple, list)) else (rho, rho)
     if len(pair) != 2 or not all(isinstance(r, (int, float)) and 0.0 <= r < math.inf for r in pair):
         raise ValueError(f"Invalid {what}: {rho} (expected a finite number >= 0, or a pair (shared, task) of them)")
+
+
+def _check_duplicates(groups: Iterable[dict[str, Any]], first: int = 0) -> None:
+    """Raises where a group lists a parameter twice, which torch only warns of: it would be perturbed and counted twice."""
+    for g, group in enumerate(groups, first):
+        names, seen = group.get("param_names"), dict[int, int]()
+        for i, item in enumerate(group["params"]):
+            name, p = item if isinstance(item, tuple) else (names[i] if names else None, item)
+            before = seen.setdefault(id(p), i)
+            if before != i:
+                named = "" if name is None else f" ({name!r})"
+                raise ValueError(
+                    f"param_groups[{g}]['params'] lists a parameter twice: [{before}] and [{i}] are the same{named}"
+                )
 
 
 def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -217,6 +217,35 @@ def test_mtcool_of_one_task_is_the_plain_step() -> None:
         flatness.MTCOOL(rho=-1.0)
 
 
+@pytest.mark.parametrize("options", [
+    {"flat": "mtcool"}, {"flat": "sam", "combine": "direct"}, {"flat": "fsam", "combine": "direct"}, {"rho": 0.0},
+])  # fmt: skip
+def test_weighted_losses_are_losses_times_their_weights(options: dict[str, Any]) -> None:
+    results, options = [], {"rho": RHO, **options}
+    c = [0.3, 2.0, 1.5]
+    for weighting in (None, flatmtl.FixedWeights(c)):
+        model = two_heads(tasks=3)
+        optimizer = flatmtl.FlatMTL(
+            SGD(model.parameters(), lr=LR), features=model.trunk, aggregator="mgda", weighting=weighting, **options
+        )
+        for k in range(2):
+            closure = closure_of(model, *batch(k, 3))
+            optimizer.step(closure if weighting else lambda f=closure: [w * v for w, v in zip(c, f(), strict=True)])
+        results.append(values(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"flat": "mtcool"}, {"flat": "sam", "combine": "direct"}, {"rho": 0.0}])
+def test_a_step_without_any_task(options: dict[str, Any]) -> None:
+    model = two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), features=model.trunk, **options)
+    before = values(model)
+    optimizer.step(lambda: [None, None])
+    assert equal(before, values(model))
+    assert optimizer.last["losses"].isnan().all()
+
+
 def test_errors() -> None:
     model = two_heads()
     closure = closure_of(model, *batch())

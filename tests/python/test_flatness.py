@@ -424,6 +424,55 @@ def test_batchnorm_and_dropout_are_protected(mode: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mode", ["sam", "samo", "sgsu", "gsam"])
+def test_a_zero_loss_counts_as_absent_where_the_gradients_of_the_sum_are_enough(mode: str) -> None:
+    results = []
+    for absent in (lambda loss: None, lambda loss: loss * 0.0):
+        model = two_heads()
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), flat=mode, combine="direct", aggregator="mgda")
+        closure = closure_of(model, *batch())
+        optimizer.step(closure)
+        optimizer.step(lambda c=closure, a=absent: [(losses := c())[0], a(losses[1])])  # type: ignore[misc]
+        results.append([*values(model), optimizer.last["weights_loss"][:1]])
+        assert optimizer.last["weights_loss"][1].isnan()
+        assert optimizer.roles.state(list(model.parameters())) == [-1, -1, 0, 0, 1, 1]
+        assert model.heads[1].weight.grad is None
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("mode", [flatness.FMTL(every=2), flatness.LookSAM(every=2)])
+def test_reuse_with_a_loss_of_weight_zero(mode: flatness.Flatness) -> None:
+    """A task of weight 0 changes nothing."""
+    results = []
+    for tasks in ((0, 1), (1,)):
+        model = two_heads()
+        weighting = flatmtl.FixedWeights([0.0, 1.0] if len(tasks) == 2 else [1.0])
+        optimizer = flatmtl.FlatMTL(
+            SGD(model.parameters(), lr=LR), flat=mode, aggregator="sum", weighting=weighting, shared=model.trunk
+        )
+        for k in range(4):
+            closure = closure_of(model, *batch(k))
+            optimizer.step(lambda c=closure, t=tasks: [c()[i] for i in t])  # type: ignore[misc]
+        results.append(values(model.trunk))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_sgsu_steps_along_the_weighted_loss() -> None:
+    results = []
+    for c in (None, [0.3, 2.0]):
+        model = two_heads()
+        weighting = None if c is None else flatmtl.FixedWeights(c)
+        optimizer = flatmtl.FlatMTL(
+            SGD(model.parameters(), lr=LR), flat=flatness.SGSU(inner_lr=0.5), aggregator="mgda", weighting=weighting
+        )
+        closure = closure_of(model, *batch())
+        optimizer.step(closure if c else lambda f=closure: [0.3 * (losses := f())[0], 2.0 * losses[1]])
+        results.append(values(model))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_options_and_errors() -> None:
     model: TwoHeads = two_heads()
 

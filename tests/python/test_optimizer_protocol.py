@@ -219,6 +219,21 @@ def test_bad_optimizers() -> None:
         flatmtl.FlatMTL(model.parameters())  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+def test_a_parameter_listed_twice_is_refused_by_name() -> None:
+    model = two_heads()
+    first, *rest = model.named_parameters()
+    groups = [{"params": rest}, {"params": [first, ("again", first[1])]}]
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\] .* \[0\] and \[1\] are the same \('again'\)"):
+        flatmtl.FlatMTL(SGD(groups, lr=0.1))  # type: ignore[arg-type]
+    optimizer = flatmtl.FlatMTL(SGD([p for _, p in rest], lr=0.1))
+    with pytest.raises(ValueError, match=r"param_groups\[1\]\['params'\] lists a parameter twice"):
+        optimizer.add_param_group({"params": iter([first[1], first[1]])})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": iter([first[1]])})
+    assert len(optimizer.param_groups[1]["params"]) == 1
+
+
 # -- torch's own inputs for optimizers --------------------------------------------------------------------------------
 
 common = pytest.importorskip("torch.testing._internal.common_optimizers", reason="needs expecttest")
@@ -272,7 +287,9 @@ def test_torch_optimizer_error_inputs(case: object) -> None:
     given = case.optimizer_error_input  # type: ignore[attr-defined]
     params = [nn.Parameter(torch.randn(1, 1))] if given.params is None else given.params
     if case.error_type is UserWarning:  # type: ignore[attr-defined]
-        with pytest.warns(UserWarning, match=case.error_regex):  # type: ignore[attr-defined]
+        # parameters listed twice: torch warns, and FlatMTL refuses them
+        warns = pytest.warns(UserWarning, match=case.error_regex)  # type: ignore[attr-defined]
+        with warns, pytest.raises(ValueError, match="lists a parameter twice"):
             INFO.optim_cls(params, **given.kwargs)
     else:
         with pytest.raises(case.error_type, match=case.error_regex):  # type: ignore[attr-defined]

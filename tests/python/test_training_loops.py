@@ -49,6 +49,29 @@ def test_autocast_equals_the_reference() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_around_the_step_casts_the_parameters_anew_in_every_pass() -> None:
+    """Autocast keeps the parameters it has cast until its outermost block ends: those of another point here."""
+    results, after = [], []
+    for around in (False, True):
+        model = two_heads(dtype=torch.float32)
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=0.3, weighting="famo")
+        for k in range(2):
+            closure = closure_of(model, *batch(k, dtype=torch.float32))
+
+            def inside(closure: Callable[[], list[Tensor]] = closure) -> list[Tensor]:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    return closure()
+
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+                optimizer.backward(closure if around else inside)
+                after.append([float(loss.detach()) for loss in (closure if around else inside)()])
+                optimizer.step()
+        results.append([*values(model), optimizer.last["sharpness"], optimizer.states["weighting"]["values"]])
+    assert (results[0][-2] != 0.0).all()
+    assert equal(*results)
+    assert after[:2] == after[2:]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("aggregator", ["cagrad", "nash_mtl", "mgda", "imtl_g"])
 def test_half_precision_models(dtype: torch.dtype, aggregator: str) -> None:

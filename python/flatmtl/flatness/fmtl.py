@@ -82,11 +82,15 @@ class FMTL(Flatness):
                 continue
             hh, ht, tt = own_products(step, i)
             gg, gf, ff = hh + float(pair[i, i]), ht + float(pair[i, count + i]), tt + float(pair[count + i, count + i])
+            factor = step.factor(i)
+            if factor == 0.0:  # of a weighting: the task has no part in the products, so the next step passes anew
+                new["age"][k] = self.every
+                continue
             c = 1.0 + gf / gg if gg > 0.0 else 0.0
             new["age"][k] = 1
             new["orthogonal"][k] = unscaled(step, minus(state, c, len(step.tensors)))
-            new["norm"][k] = math.sqrt(gg) / step.factor(i)
-            new["orthogonal_norm"][k] = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff) / step.factor(i)
+            new["norm"][k] = math.sqrt(gg) / factor
+            new["orthogonal_norm"][k] = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff) / factor
         step.new_states["flat"] = new
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:

@@ -38,13 +38,18 @@ class MTCOOL(Flatness):
             raise ValueError(f"MTCOOL: rho is {self.rho}; it must be None or a finite number >= 0")
 
     def perturb(self, step: Step) -> None:
+        if not step.present:
+            return
         features, at = step.passes.features, step.passes.at_features
         assert features is not None  # needs_features
         assert at is not None
         rho = abs(step.params[0].rho_shared) if self.rho is None else self.rho
         sign = step.params[0].sign
-        for state in step.present:
-            others = [at.rows[s.index] for s in step.present if s is not state]
+        rows = [at.rows[s.index] for s in step.present]
+        if step.factors is not None:  # of a weighting: the rows of the losses c_i l_i
+            rows = [[z * step.factor(k) for z in row] for k, row in enumerate(rows)]
+        for state, row in zip(step.present, rows, strict=True):
+            others = [other for other in rows if other is not row]
             total = [torch.stack(z).sum(0) for z in zip(*others, strict=True)] or [
                 torch.zeros_like(z) for z in at.rows[state.index]
             ]

@@ -180,7 +180,8 @@ class LookSAM(SAM):
         factor = self.alpha * norm / old["orthogonal_norm"] if old["orthogonal_norm"] > 0.0 else 0.0
         for i, state in enumerate(step.present):
             state.reused = True
-            reuse(step, state, old["orthogonal"][state.index], factor / step.factor(i))
+            c = step.factor(i)
+            reuse(step, state, old["orthogonal"][state.index], factor / c if c != 0.0 else 0.0)
 
     def finish(self, step: Step, pair: Tensor) -> None:
         old = step.states.get("flat")

@@ -33,7 +33,8 @@ class SGSU(Flatness):
             raise ValueError(f"SGSU: inner_lr is {self.inner_lr}; it must be a finite number >= 0")
 
     def perturb(self, step: Step) -> None:
-        scales = [-self.inner_lr / step.loss_scale * step.params[i].sign for i in step.shared]
-        for state in step.present:
+        for k, state in enumerate(step.present):
+            rate = -self.inner_lr / step.loss_scale * step.factor(k)  # that of the loss c_i l_i with a weighting
+            scales = [rate * step.params[i].sign for i in step.shared]
             step.point.move(step.shared, step.point.row(state.grads, step.shared), scales, False, 0.0)
             step.passes.perturbed(step.micro, [state])
