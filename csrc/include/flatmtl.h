@@ -339,6 +339,152 @@ FLATMTL_API flatmtl_status flatmtl_step_weights(const flatmtl_context *context, 
                                                 flatmtl_error *error);
 
 /* ------------------------------------------------------------------------------------------------------------------
+ * Buffer methods
+ *
+ * Aggregators that are no function of the Gramian: they look at single elements, or remember a vector a task. Their
+ * rows are
+ *
+ *   x_i = a_i g_i + b_i (s_i - g_i)
+ *
+ * in double, so that neither a flat gradient f_i = s_i - g_i nor a scaled row has to be written to memory. The update
+ * is SUM_i w_i y_i with the buffers y_i (moco, db_mtl), SUM_i w_i x_i (excess_mtl, sdmgrad), or element-wise
+ * (graddrop). A step of one of them is flatmtl_buffer_update; or piece by piece, where a vector lies on several
+ * devices:
+ *
+ *   flatmtl_buffer_factors -> one of the passes over memory -> flatmtl_buffer_weights -> the sum
+ *
+ * The loss family and the flat family have buffers and state of their own. Buffers are of F32 for rows of F32 and
+ * narrower, of F64 for F64; all zero is fresh. State is laid out as that of the weightings. exp and pow are the C
+ * library's.
+ */
+
+/* x_i. perturbed_rows NULL: x_i = a_i g_i. loss_factors NULL: a_i = 1, or 0 where there are perturbed_rows;
+ * flat_factors NULL: b_i = 1. So {g, s, NULL, NULL} are the flat gradients. */
+typedef struct flatmtl_mixed_rows {
+  const flatmtl_rows *loss_rows;      /* g */
+  const flatmtl_rows *perturbed_rows; /* s, or NULL */
+  const double *loss_factors;         /* [K] a, or NULL */
+  const double *flat_factors;         /* [K] b, or NULL */
+} flatmtl_mixed_rows;
+
+/* One vector a row, with one segment table, read and written. */
+typedef struct flatmtl_buffers {
+  flatmtl_dtype dtype;
+  int32_t num_rows;
+  int64_t num_segments;
+  const int64_t *lengths; /* [num_segments] */
+  void *const *data;      /* [num_rows * num_segments], row-major */
+} flatmtl_buffers;
+
+typedef enum flatmtl_buffer_method {
+  /* 2010.06808: in each element one sign is kept, of all rows alike, positive with probability (1 + SUM x_i / SUM
+   * |x_i|) / 2; summed. options: seed, draw; leak_1 .. leak_K in [0, 1], 0. No buffers, no state. */
+  FLATMTL_BUFFER_GRADDROP = 0,
+  /* 2210.12624: y_i += beta_t (l_i x_i / ||x_i|| - y_i), lambda = softmax(lambda - gamma_t (Y Y' + rho I) lambda), w =
+   * lambda; beta_t = beta t^-beta_decay, t the count of the task's steps. losses >= 0. options: beta in (0, 1], 0.5;
+   * beta_decay >= 0, 0.5; gamma >= 0, 0.1; gamma_decay >= 0, 0.5; rho >= 0, 0; normalize, 1, or 0: x_i itself. Buffers.
+   * state: count, lambda. */
+  FLATMTL_BUFFER_MOCO = 1,
+  /* 2308.12029: y_i = x_i / l_i + beta_t (y_i - x_i / l_i), w_i = max_j ||y_j|| / ||y_i||; beta_t = beta t^-decay.
+   * losses > 0. options: beta in [0, 1), 0.9; decay >= 0, 0. Buffers. state: count. */
+  FLATMTL_BUFFER_DB_MTL = 2,
+  /* 2402.02009: r_ip = sqrt(SUM over steps of x_ip^2) (the buffers), e_i = SUM_p x_ip^2 / r_ip, divided by its first
+   * value; w = K softmax(SUM over steps of eta e). options: eta >= 0, 0.01. Buffers. state: count, first e, log w. */
+  FLATMTL_BUFFER_EXCESS_MTL = 3,
+  /* 2305.18409: x, y, z of three batches, A_ij = <y_i, z_j> / mean |<y_k, z_k>|; `iterations` times v = momentum v +
+   * A (u + lambda / K), u = u - lr v projected on the simplex, v = 0 at first and u that of the last step; w =
+   * (u + lambda / K) / (1 + lambda), of the x_i. options: lambda >= 0, 0.3; lr > 0, 10; momentum in [0, 1), 0.5;
+   * iterations >= 1, 20. No buffers. state: count, u. */
+  FLATMTL_BUFFER_SDMGRAD = 4,
+  FLATMTL_NUM_BUFFER_METHODS = 5
+} flatmtl_buffer_method;
+
+/* "graddrop", "moco", "db_mtl", "excess_mtl", "sdmgrad". */
+FLATMTL_API flatmtl_status flatmtl_buffer_method_by_name(const char *name, flatmtl_buffer_method *method,
+                                                         flatmtl_error *error);
+
+/* The name of a buffer method, or NULL if there is none with that number. */
+FLATMTL_API const char *flatmtl_buffer_method_name(flatmtl_buffer_method method);
+
+/* The defaults of a buffer method's options, as flatmtl_method_defaults. */
+FLATMTL_API flatmtl_status flatmtl_buffer_method_defaults(flatmtl_buffer_method method, int32_t num_tasks,
+                                                          double *options, int32_t *num_options, flatmtl_error *error);
+
+/* Doubles of state, v K, and whether the method has buffers (1 or 0).
+ *  count, has_buffers  out; NULL where not wanted */
+FLATMTL_API flatmtl_status flatmtl_buffer_state_size(flatmtl_buffer_method method, int32_t num_tasks, int64_t *count,
+                                                     int32_t *has_buffers, flatmtl_error *error);
+
+/* Before the pass: the factor of each row, which the caller multiplies a and b by, and what moco and db_mtl keep of
+ * their buffers (1 for the others).
+ *  losses    [K], finite; needed for moco and db_mtl, otherwise ignored. ERROR_LOSS names the task
+ *  sq_norms  [K] ||x_i||^2, finite; needed for moco, otherwise ignored
+ *  state     [flatmtl_buffer_state_size], read; may be NULL where it is not needed
+ *  factors, keep  [K] each, out */
+FLATMTL_API flatmtl_status flatmtl_buffer_factors(flatmtl_buffer_method method, const double *options,
+                                                  int32_t num_options, int32_t num_tasks, const double *losses,
+                                                  const double *sq_norms, const double *state, double *factors,
+                                                  double *keep, flatmtl_error *error);
+
+/* After the pass: w.
+ *  sums     moco: [K * K] the Gramian of the buffers. db_mtl: [K] their squared norms. excess_mtl: [K] from
+ *           flatmtl_excess. sdmgrad: [K * K] from flatmtl_cross_gramian. Finite; ERROR_NONFINITE names the row
+ *  state    in and out; written on success alone
+ *  weights  [K], out. ERROR_NAME for graddrop, which has none */
+FLATMTL_API flatmtl_status flatmtl_buffer_weights(const flatmtl_context *context, flatmtl_buffer_method method,
+                                                  const double *options, int32_t num_options, int32_t num_tasks,
+                                                  const double *sums, double *state, double *weights,
+                                                  flatmtl_error *error);
+
+/* y_i = x_i + keep_i (y_i - x_i), in double, rounded once to the buffers' dtype.
+ *  keep     [K], finite
+ *  buffers  as many rows as x has, with its table; overlapping nothing */
+FLATMTL_API flatmtl_status flatmtl_moving_average(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
+                                                  const double *keep, const flatmtl_buffers *buffers,
+                                                  flatmtl_error *error);
+
+/* r_ip = sqrt(r_ip^2 + x_ip^2) and excess[i] = SUM_p x_ip^2 / r_ip (0 / 0 = 0). Squares must neither over- nor
+ * underflow in double.
+ *  buffers  r, as above
+ *  excess   [K], out */
+FLATMTL_API flatmtl_status flatmtl_excess(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
+                                          const flatmtl_buffers *buffers, double *excess, flatmtl_error *error);
+
+/* gramian[i * K + j] = <x_i, y_j>, not symmetric.
+ *  rows, others  x and y, with one segment table
+ *  gramian       [K * K], out; Inf and NaN in the rows show in it */
+FLATMTL_API flatmtl_status flatmtl_cross_gramian(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
+                                                 const flatmtl_mixed_rows *others, double *gramian,
+                                                 flatmtl_error *error);
+
+/* The update of graddrop: out_p = SUM_i (x_ip if it has the sign that is kept in p, else leak_i x_ip).
+ *  leak      [K], or NULL for zeros
+ *  seed, draw, call  >= 0: which random numbers; call tells the calls within a step apart (0 the loss family, 1 the
+ *            flat family)
+ *  position  >= 0: the place of the first element in the whole vector, where the rows are a part of one
+ *  out       the rows' segment table and dtype; may not overlap them */
+FLATMTL_API flatmtl_status flatmtl_graddrop(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
+                                            const double *leak, int64_t seed, int64_t draw, int64_t call,
+                                            int64_t position, const flatmtl_vector *out, flatmtl_error *error);
+
+/* out_p = SUM_i weights[i] y_ip, as flatmtl_combine; out may be narrower than the buffers (BF16, F16).
+ *  out  the buffers' segment table */
+FLATMTL_API flatmtl_status flatmtl_combine_buffers(const flatmtl_context *context, const flatmtl_buffers *buffers,
+                                                   const double *weights, const flatmtl_vector *out,
+                                                   flatmtl_error *error);
+
+/* One step of graddrop, moco, db_mtl or excess_mtl (ERROR_NAME for sdmgrad, which has three batches), of up to 64
+ * tasks. rows     x. Finite: ERROR_NONFINITE names the row, and nothing has changed losses   [K]; needed for moco and
+ * db_mtl, otherwise ignored call     of graddrop's random numbers buffers  in and out, NULL for graddrop state    in
+ * and out, NULL where its size is 0 weights  [K], out, or NULL; NAN for graddrop out      the update: the rows' segment
+ * table and dtype; may overlap nothing */
+FLATMTL_API flatmtl_status flatmtl_buffer_update(const flatmtl_context *context, flatmtl_buffer_method method,
+                                                 const double *options, int32_t num_options,
+                                                 const flatmtl_mixed_rows *rows, const double *losses, int64_t call,
+                                                 const flatmtl_buffers *buffers, double *state, double *weights,
+                                                 const flatmtl_vector *out, flatmtl_error *error);
+
+/* ------------------------------------------------------------------------------------------------------------------
  * Loss weightings
  *
  * Weights c_i of the losses l_i: a step with a weighting is the step of the losses c_i l_i with c held constant. That

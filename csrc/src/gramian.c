@@ -42,8 +42,13 @@ flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_
   if (num_tasks < 1 || num_tasks > FLATMTL_MAX_TASKS)
     return fm_fail(error, FLATMTL_ERROR_NUM_TASKS, "num_tasks", -1, -1, num_tasks);
   size_t doubles = fm_partial_doubles(triangle_size(2 * num_tasks));
-  const size_t others[] = {fm_partial_doubles((size_t)num_tasks), FM_BLOCK, fm_weights_work(num_tasks),
-                           fm_step_weights_work(num_tasks), fm_weightings_work(num_tasks)};
+  const size_t others[] = {fm_partial_doubles((size_t)num_tasks),
+                           FM_BLOCK,
+                           fm_weights_work(num_tasks),
+                           fm_step_weights_work(num_tasks),
+                           fm_weightings_work(num_tasks),
+                           fm_buffers_work(num_tasks),
+                           fm_buffer_weights_work(num_tasks)};
   for (size_t i = 0; i < sizeof others / sizeof *others; i++)
     if (doubles < others[i]) doubles = others[i];
   *bytes = (doubles * sizeof(double) + 63) / 64 * 64;

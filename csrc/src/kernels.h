@@ -80,6 +80,21 @@ typedef struct fm_kernels {
                       double *out);
   void (*perturb_wide)(const float *saved, const float *gradient, double scale, int adaptive, double eta, int64_t n,
                        double *out);
+
+  /* The buffer methods: y = x + keep (y - x); root = sqrt(root^2 + x^2), terms = x^2 / root (0 / 0 = 0). */
+  void (*ema_f32)(float *y, const double *x, double keep, int64_t n);
+  void (*ema_f64)(double *y, const double *x, double keep, int64_t n);
+  void (*excess_f32)(float *root, const double *x, int64_t n, double *terms);
+  void (*excess_f64)(double *root, const double *x, int64_t n, double *terms);
+
+  /* lanes[p % FM_LANES] += x y; n is a multiple of FM_LANES. */
+  void (*dot)(const double *x, const double *y, int64_t n, double *lanes);
+
+  /* GradDrop. sum += x, mass += |x|; then the sign that is kept, by the position-th and following random numbers of
+   * the sequence; then out += x where x has that sign, leak x elsewhere. */
+  void (*drop_sums)(const double *x, int64_t n, double *sum, double *mass);
+  void (*drop_signs)(uint64_t start, int64_t position, const double *sum, const double *mass, int64_t n, double *sign);
+  void (*drop_add)(const double *x, const double *sign, double leak, int64_t n, double *out);
 } fm_kernels;
 
 /* NULL where the build lacks them. */

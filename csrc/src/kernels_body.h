@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "random.h"
 
 typedef double fm_vd __attribute__((vector_size(8 * FM_WIDTH)));
 typedef double fm_vd_any __attribute__((vector_size(8 * FM_WIDTH), aligned(8), may_alias));
@@ -234,9 +235,12 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
   }
 }
 
-static const fm_kernels table = {FM_ISA,    gram_f32,    gram_f64,    gram_fast,   sq_scaled_f32, sq_scaled_f64,
-                                 diff_f32,  diff_f64,    diff_bf16,   diff_f16,    widen_bf16,    widen_f16,
-                                 round_f32, round_bf16,  round_f16,   combine_f32, combine_f64,   add_f32,
-                                 add_f64,   perturb_f32, perturb_f64, perturb_wide};
+#include "kernels_buffers.h"
+
+static const fm_kernels table = {FM_ISA,     gram_f32,    gram_f64,    gram_fast,    sq_scaled_f32, sq_scaled_f64,
+                                 diff_f32,   diff_f64,    diff_bf16,   diff_f16,     widen_bf16,    widen_f16,
+                                 round_f32,  round_bf16,  round_f16,   combine_f32,  combine_f64,   add_f32,
+                                 add_f64,    perturb_f32, perturb_f64, perturb_wide, ema_f32,       ema_f64,
+                                 excess_f32, excess_f64,  dot,         drop_sums,    drop_signs,    drop_add};
 
 const fm_kernels *const FM_TABLE = &table;

@@ -59,6 +59,16 @@ size_t fm_step_weights_work(int32_t num_tasks);
 /* Doubles of scratch for flatmtl_loss_weights and flatmtl_loss_observe. */
 size_t fm_weightings_work(int32_t num_tasks);
 
+/* Doubles of scratch for the buffer methods: their sums over rows, and their weights. */
+size_t fm_buffers_work(int32_t num_tasks);
+size_t fm_buffer_weights_work(int32_t num_tasks);
+
+/* Pointers, tables and factors of x. */
+flatmtl_status fm_check_mixed(const flatmtl_mixed_rows *x, const char *argument, flatmtl_error *error);
+
+/* The dtype of the buffers for rows of a dtype. */
+flatmtl_dtype fm_buffer_dtype(flatmtl_dtype rows);
+
 /* The context's workspace as doubles, after a check that it holds flatmtl_workspace_size(num_tasks) bytes. */
 flatmtl_status fm_workspace(const flatmtl_context *context, int32_t num_tasks, double **work, flatmtl_error *error);
 

@@ -32,6 +32,7 @@ from .aggregators import (
     Sum,
     UPGrad,
 )  # fmt: skip
+from .buffers import DBMTL, BufferAggregator, ExcessMTL, GradDrop, MoCo, SDMGrad
 from .functional import aggregate, gramian, weights
 from .optimizer import FlatMTL
 from .weightings import (
@@ -59,6 +60,7 @@ cmake_prefix_path: str = str(_ops.LIBRARY_PATH.parent)
 
 __all__ = [
     "BMTL",
+    "DBMTL",
     "DWA",
     "EMTL",
     "FAMO",
@@ -74,23 +76,28 @@ __all__ = [
     "UW",
     "Aggregator",
     "AlignedMTL",
+    "BufferAggregator",
     "CAGrad",
     "ConFIG",
     "Diagnosis",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "Fixed",
     "FixedWeights",
     "FlatMTL",
     "GO4Align",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "Landscape",
     "Mean",
+    "MoCo",
     "NashMTL",
     "NonFiniteError",
     "PCGrad",
     "RankError",
+    "SDMGrad",
     "Sum",
     "UPGrad",
     "Weighting",

@@ -17,6 +17,7 @@ from . import _backend
 from ._sync import Alone
 
 Row = Sequence[Tensor]
+Rows = Sequence[Row]
 
 
 class Arithmetic:
@@ -97,6 +98,63 @@ class Arithmetic:
                 group.backend.combine_(target, rows, loss_weights)
             else:
                 group.backend.combine_pair_(target, rows, _at(perturbed_rows, at), loss_weights, flat_weights)
+
+    # -- of the buffer methods: rows x_i = a_i g_i + b_i (s_i - g_i), or a_i g_i without perturbed rows ----------------
+
+    def moving_average_(
+        self, buffers: Rows, rows: Rows, perturbed: Rows | None, indices: Sequence[int], a: Tensor, b: Tensor,
+        keep: Tensor,
+    ) -> None:  # fmt: skip
+        """y_i = x_i + keep_i (y_i - x_i)."""
+        for group, at in self._places(indices):
+            group.backend.moving_average_(_at(buffers, at), _at(rows, at), _at_or_none(perturbed, at), a, b, keep)
+
+    def excess_(
+        self, buffers: Rows, rows: Rows, perturbed: Rows | None, indices: Sequence[int], a: Tensor, b: Tensor
+    ) -> Tensor:
+        """r = sqrt(r^2 + x^2); SUM_p x_ip^2 / r_ip, (K,)."""
+        total = torch.zeros(len(rows), dtype=torch.float64)
+        for group, at in self._places(indices):
+            total += group.backend.excess_(_at(buffers, at), _at(rows, at), _at_or_none(perturbed, at), a, b)
+        return total
+
+    def cross_gramian(
+        self, rows: Rows, perturbed: Rows | None, others: Rows, others_perturbed: Rows | None, indices: Sequence[int],
+        a: Tensor, b: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """<x_i, y_j>, (K, K)."""
+        total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+        for group, at in self._places(indices):
+            total += group.backend.cross_gramian(
+                _at(rows, at), _at_or_none(perturbed, at), _at(others, at), _at_or_none(others_perturbed, at), a, b
+            )
+        return total
+
+    def graddrop_(
+        self, out: Row, rows: Rows, perturbed: Rows | None, indices: Sequence[int], a: Tensor, b: Tensor, leak: Tensor,
+        seed: int, draw: int, call: int,
+    ) -> None:  # fmt: skip
+        """The update of GradDrop."""
+        position = 0
+        for group, at in self._places(indices):
+            target = [out[k] for k in at]
+            group.backend.graddrop_(
+                target, _at(rows, at), _at_or_none(perturbed, at), a, b, leak, seed, draw, call, position
+            )
+            position += sum(t.numel() for t in target)
+
+    def combine_buffers_(self, out: Row, buffers: Rows, indices: Sequence[int], weights: Tensor) -> None:
+        """out = SUM_i w_i y_i."""
+        for group, at in self._places(indices):
+            group.backend.combine_buffers_([out[k] for k in at], _at(buffers, at), weights)
+
+    def _places(self, indices: Sequence[int]) -> list[tuple[_backend.Group, list[int]]]:
+        found = [(group, list(group.positions(indices))) for group in self.groups]
+        return [(group, at) for group, at in found if at]
+
+
+def _at_or_none(rows: Rows | None, positions: Sequence[int]) -> list[list[Tensor]] | None:
+    return None if rows is None else _at(rows, positions)
 
 
 class ShardSums:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from . import _random
+
 Row = Sequence[Tensor]
 Rows = Sequence[Row]
 
@@ -92,6 +94,78 @@ def combine_pair_(out: Row, loss_rows: Rows, perturbed_rows: Rows, loss_weights:
         for i, (g, s) in enumerate(zip(pieces[:count], pieces[count:], strict=True)):
             total += _wide(g) * a[i] + (_wide(s) - _wide(g)) * b[i]
         target.copy_(total)
+
+
+# The buffer methods, whose rows are x_i = a_i g_i + b_i (s_i - g_i).
+
+
+def _mixed(pieces: Sequence[Tensor], count: int, a: Tensor, b: Tensor) -> list[Tensor]:
+    """x_i of one piece, from the pieces of g and, if there are any, of s."""
+    wide = [_wide(piece) for piece in pieces]
+    if len(wide) == count:
+        return [g * factor for g, factor in zip(wide, a.tolist(), strict=True)]
+    return [g * i + (s - g) * j for g, s, i, j in zip(wide[:count], wide[count:], a.tolist(), b.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def moving_average_(buffers: Rows, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor, keep: Tensor) -> None:
+    """y_i = x_i + keep_i (y_i - x_i)."""
+    count = len(rows)
+    for pieces in _pieces([*buffers, *rows, *(perturbed or [])]):
+        for y, x, kept in zip(pieces[:count], _mixed(pieces[count:], count, a, b), keep.tolist(), strict=True):
+            y.copy_(x + (_wide(y) - x) * kept)
+
+
+@torch.no_grad()
+def excess_(buffers: Rows, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor) -> Tensor:
+    """r = sqrt(r^2 + x^2); SUM_p x_ip^2 / r_ip, (K,)."""
+    count, total = len(rows), None
+    for pieces in _pieces([*buffers, *rows, *(perturbed or [])]):
+        sums = []
+        for root, x in zip(pieces[:count], _mixed(pieces[count:], count, a, b), strict=True):
+            now = (_wide(root).square() + x.square()).sqrt()
+            root.copy_(now)
+            sums.append((x.square() / torch.where(now > 0, now, 1.0)).sum())
+        total = _add(total, torch.stack(sums))
+    return _result(total, count)
+
+
+@torch.no_grad()
+def cross_gramian(
+    rows: Rows, perturbed: Rows | None, others: Rows, others_perturbed: Rows | None, a: Tensor, b: Tensor
+) -> Tensor:
+    """<x_i, y_j>, (K, K)."""
+    count, total = len(rows), None
+    width = count if perturbed is None else 2 * count
+    for pieces in _pieces([*rows, *(perturbed or []), *others, *(others_perturbed or [])]):
+        x = torch.stack([v.reshape(-1) for v in _mixed(pieces[:width], count, a, b)])
+        y = torch.stack([v.reshape(-1) for v in _mixed(pieces[width:], count, a, b)])
+        total = _add(total, x @ y.T)
+    return _result(total, count, count)
+
+
+@torch.no_grad()
+def graddrop_(
+    out: Row, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor, leak: Tensor, seed: int, draw: int, call: int,
+    position: int,
+) -> None:  # fmt: skip
+    """The update of GradDrop; `position` is the place of its first element in the whole vector."""
+    count, start = len(rows), _random.start_sequence(seed, draw, call, 0)
+    for target, *pieces in _pieces([out, *rows, *(perturbed or [])]):
+        x = _mixed(pieces, count, a, b)
+        total, mass = sum(x), sum(v.abs() for v in x)
+        u = _random.signed_units(start, position, target.numel(), target.device).view(target.shape)
+        bound = u.to(x[0].dtype) * mass
+        sign = (total > bound).to(x[0].dtype) - (total < bound).to(x[0].dtype)
+        kept = [torch.where(v * sign > 0, v, v * part) for v, part in zip(x, leak.tolist(), strict=True)]
+        target.copy_(torch.as_tensor(sum(kept)))
+        position += target.numel()
+
+
+@torch.no_grad()
+def combine_buffers_(out: Row, buffers: Rows, weights: Tensor) -> None:
+    """out[t] = SUM_i weights[i] buffers[i][t]."""
+    combine_(out, buffers, weights)
 
 
 @functools.cache

@@ -80,6 +80,60 @@ def combine_pair_(out: Row, loss_rows: Rows, perturbed_rows: Rows, loss_weights:
     )
 
 
+@torch.no_grad()
+def moving_average_(buffers: Rows, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor, keep: Tensor) -> None:
+    """y_i = x_i + keep_i (y_i - x_i) for the rows x_i = a_i g_i + b_i (s_i - g_i)."""
+    ops.moving_average_(_flat(buffers), _flat(rows), _flat(perturbed or []), len(rows), a, b, keep)
+
+
+@torch.no_grad()
+def excess_(buffers: Rows, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor) -> Tensor:
+    """r = sqrt(r^2 + x^2); SUM_p x_ip^2 / r_ip, (K,)."""
+    result: Tensor = ops.excess_(_flat(buffers), _flat(rows), _flat(perturbed or []), len(rows), a, b)
+    return result
+
+
+@torch.no_grad()
+def cross_gramian(
+    rows: Rows, perturbed: Rows | None, others: Rows, others_perturbed: Rows | None, a: Tensor, b: Tensor
+) -> Tensor:
+    """<x_i, y_j>, (K, K)."""
+    count, flat = len(rows), perturbed is not None
+    lists = [*rows, *others, *(perturbed or []), *(others_perturbed or [])]
+
+    def call(lists: list[Row]) -> Tensor:
+        x, y = _flat(lists[:count]), _flat(lists[count : 2 * count])
+        s = _flat(lists[2 * count : 3 * count]) if flat else []
+        t = _flat(lists[3 * count :]) if flat else []
+        result: Tensor = ops.cross_gramian(x, s, y, t, count, a, b)
+        return result
+
+    return _read(lists, call)
+
+
+@torch.no_grad()
+def graddrop_(
+    out: Row, rows: Rows, perturbed: Rows | None, a: Tensor, b: Tensor, leak: Tensor, seed: int, draw: int, call: int,
+    position: int,
+) -> None:  # fmt: skip
+    """The update of GradDrop; `position` is the place of its first element in the whole vector."""
+    count = len(rows)
+    _write(
+        out,
+        [*rows, *(perturbed or [])],
+        lambda out, rows: ops.graddrop_(
+            list(out), _flat(rows[:count]), _flat(rows[count:]), count, a, b, leak, seed, draw, call, position
+        ),
+    )
+
+
+@torch.no_grad()
+def combine_buffers_(out: Row, buffers: Rows, weights: Tensor) -> None:
+    """out[t] = SUM_i weights[i] buffers[i][t]."""
+    ops.combine_buffers_(list(out), _flat(buffers), len(buffers), weights)
+    increment_version(list(out))
+
+
 def _flat(rows: Rows) -> list[Tensor]:
     if any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"rows have different numbers of tensors: {[len(row) for row in rows]}")

@@ -59,6 +59,7 @@ def _load() -> tuple[Path, ctypes.CDLL]:
 LIBRARY_PATH, core = _load()
 core.flatmtl_method_name.restype = ctypes.c_char_p
 core.flatmtl_weighting_name.restype = ctypes.c_char_p
+core.flatmtl_buffer_method_name.restype = ctypes.c_char_p
 core.flatmtl_version.restype = ctypes.c_char_p
 core.flatmtl_isa.restype = ctypes.c_char_p
 
@@ -81,6 +82,7 @@ def state_size(method: int, num_tasks: int) -> int:
 # Numbers of the enums in flatmtl.h.
 METHODS = _numbers(core.flatmtl_method_name)
 WEIGHTINGS = _numbers(core.flatmtl_weighting_name)
+BUFFER_METHODS = _numbers(core.flatmtl_buffer_method_name)
 COMBINE = {"decomposed": 0, "direct": 1, "second": 2, "each": 3}
 FAMILY_SCALE = {None: 0, "none": 0, "rms": 1}
 PARETO_STATIONARY = 1
@@ -95,6 +97,14 @@ def weighting_state_size(weighting: int, num_tasks: int) -> int:
     """Numbers of state of a loss weighting."""
     count = ctypes.c_int64()
     if core.flatmtl_weighting_state_size(weighting, num_tasks, ctypes.byref(count), None) < 0:
+        raise ValueError(f"num_tasks is {num_tasks}; it must be between 1 and 4096")
+    return count.value
+
+
+def buffer_state_size(method: int, num_tasks: int) -> int:
+    """Numbers of state of a buffer method."""
+    count = ctypes.c_int64()
+    if core.flatmtl_buffer_state_size(method, num_tasks, ctypes.byref(count), None, None) < 0:
         raise ValueError(f"num_tasks is {num_tasks}; it must be between 1 and 4096")
     return count.value
 
@@ -200,3 +210,55 @@ def _(
     loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_weights: Tensor, flat_weights: Tensor
 ) -> list[Tensor]:
     return [torch.empty_like(segment) for segment in loss_rows[: len(loss_rows) // num_tasks]]
+
+
+@fake("flatmtl::moving_average_")
+def _(
+    buffers: list[Tensor], loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_factors: Tensor,
+    flat_factors: Tensor, keep: Tensor,
+) -> None: ...  # fmt: skip
+
+
+@fake("flatmtl::excess_")
+def _(
+    buffers: list[Tensor], loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_factors: Tensor,
+    flat_factors: Tensor,
+) -> Tensor:  # fmt: skip
+    return _doubles(loss_factors, num_tasks)
+
+
+@fake("flatmtl::cross_gramian")
+def _(
+    loss_rows: list[Tensor], perturbed_rows: list[Tensor], other_loss_rows: list[Tensor],
+    other_perturbed_rows: list[Tensor], num_tasks: int, loss_factors: Tensor, flat_factors: Tensor,
+) -> Tensor:  # fmt: skip
+    return _doubles(loss_factors, num_tasks, num_tasks)
+
+
+@fake("flatmtl::graddrop_")
+def _(
+    out: list[Tensor], loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, loss_factors: Tensor,
+    flat_factors: Tensor, leak: Tensor, seed: int, draw: int, call: int, position: int,
+) -> None: ...  # fmt: skip
+
+
+@fake("flatmtl::combine_buffers_")
+def _(out: list[Tensor], buffers: list[Tensor], num_tasks: int, weights: Tensor) -> None: ...
+
+
+@fake("flatmtl::buffer_factors")
+def _(losses: Tensor, sq_norms: Tensor, state: Tensor, method: int, options: list[float]) -> tuple[Tensor, Tensor]:
+    return _doubles(losses, losses.shape[0]), _doubles(losses, losses.shape[0])
+
+
+@fake("flatmtl::buffer_weights")
+def _(sums: Tensor, state: Tensor, method: int, options: list[float]) -> Tensor:
+    return _doubles(sums, sums.shape[0])
+
+
+@fake("flatmtl::buffer_update")
+def _(
+    rows: list[Tensor], num_tasks: int, losses: Tensor, method: int, options: list[float], call: int,
+    buffers: list[Tensor], state: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    return [torch.empty_like(segment) for segment in rows[: len(rows) // num_tasks]]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _aggregator_state, _featured, _ops, _record, _sharded, _weighting
+from ._buffers import Plan
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
@@ -24,6 +25,7 @@ from ._protect import Buffers, HeldInterrupt
 from ._roles import SHARED, Roles
 from ._sync import Alone
 from ._task import Parameter, TaskState, check_losses, check_square
+from .buffers import BufferAggregator
 
 if TYPE_CHECKING:
     from .aggregators import Aggregator
@@ -72,6 +74,10 @@ class Step:
         self.point = Point(params, self.sync)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine) and not settings.weighting
         self.summed = self.summed and not self.point.sharded  # FSDP hides which parameters a graph reaches
+        self.buffered = isinstance(settings.aggregator, BufferAggregator)
+        self.summed = self.summed and not self.buffered
+        if self.buffered and self.point.sharded:
+            raise ValueError(f"aggregator {settings.aggregator.name!r} does not work with sharded parameters")
         self.featured = settings.features is not None and not settings.flat.needs_features
         if settings.features is not None and not isinstance(self.sync, Alone):
             raise ValueError("features= works in one process: the ranks' features are not the same (sync=)")
@@ -86,6 +92,7 @@ class Step:
         self.micro: Sequence[int] = ()
         self.tasks: list[TaskState] = []  # all of them
         self.present: list[TaskState] = []  # those that take part
+        self.parts: list[list[TaskState]] = []  # of each batch, for an aggregator that wants them apart
         self.factors: list[float] | None = None  # of the losses of the present tasks; None: 1 each
         self.shared: list[int] = []  # indices of the shared parameters that a loss of this step reaches
         self.new_roles = dict(roles.of)
@@ -106,10 +113,17 @@ class Step:
         self.passes.stop_at_features = self.featured and not self.flat
         self.sync.start(self.params, f"{self.settings}, step {self.draw}")
         count = len(self.passes.arguments)
-        one_by_one = self.settings.m_sharpness and self.flat and count > 1
+        wanted = getattr(self.settings.aggregator, "batches", 0)
+        if wanted and count != wanted:
+            raise ValueError(
+                f"aggregator {self.settings.aggregator.name!r} needs {wanted} independent micro-batches, "
+                f"step(closure, batches=...), but got {count if batches is not None else 'none'}"
+            )
+        one_by_one = (self.settings.m_sharpness and self.flat and count > 1) or wanted > 1
         parts = []
         for micro in [[m] for m in range(count)] if one_by_one else [list(range(count))]:
             parts.append(self._gradients(micro))
+        self.parts = parts if wanted else []
         if len(parts) > 1 or self.sync.local:
             self.tasks = self.sync.both(TaskState.mean(parts), self.summed)
             self.losses = self.sync.container(self.passes.losses(), self.tasks)
@@ -260,6 +274,7 @@ class Step:
             else torch.tensor(self.factors, dtype=torch.float64)
         )
         p, q = torch.zeros(count, dtype=torch.float64), torch.ones(count, dtype=torch.float64)
+        plan: Plan | None = None
         if count:
             pair, direct = self._gramians(loss_rows, perturbed_rows)
             if self.factors is not None:
@@ -270,9 +285,15 @@ class Step:
                 p, q = changed
                 pair = _transformed(pair, p, q)
                 direct = None if direct is None else _sum_of_families(pair)
-            if self.shared:
+            if self.shared and self.buffered:
+                plan = Plan(self, loss_rows, perturbed_rows, pair, direct, (p, q, c))
+            elif self.shared:
                 a, b, status = self._weights(pair, direct)
-        if self.summed:  # SUM a_i s_i
+        if plan is not None:
+            self._combine(loss_rows, perturbed_rows, a, None, (p, q, c), plan)
+            a, *rest = plan.write([self.point.saved[i] for i in self.shared])  # changes buffers: the last thing
+            b = rest[0] if rest else a if flat else nan
+        elif self.summed:  # SUM a_i s_i
             self._combine(perturbed_rows or [], None, a * c, None, (p, q, c))
         elif flat:  # SUM a_i g_i + b_i (p_i g_i + q_i f_i)
             self._combine(loss_rows, perturbed_rows, (a + b * p) * c, b * q * c, (p, q, c))
@@ -329,6 +350,7 @@ class Step:
     def _combine(
         self, loss_rows: list[list[Tensor]], perturbed_rows: list[list[Tensor]] | None, loss_weights: Tensor,
         flat_weights: Tensor | None, own_factors: tuple[Tensor, Tensor, Tensor],
+        plan: Plan | None = None,
     ) -> None:  # fmt: skip
         """The update: the weighted rows for shared parameters; for own ones t_i, or h_i if there are no perturbed ones,
         as (p, q, c) change it. Takes over the saved copies."""
@@ -337,7 +359,8 @@ class Step:
         self.interrupt.check()
         if self.present and self.shared:
             target = [out[i] for i in self.shared]
-            self.arithmetic.combine_(target, loss_rows, perturbed_rows, self.shared, loss_weights, flat_weights)
+            if plan is None:
+                self.arithmetic.combine_(target, loss_rows, perturbed_rows, self.shared, loss_weights, flat_weights)
             for i in self.shared:
                 self.update[i] = out[i]
         with torch.no_grad():

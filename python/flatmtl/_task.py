@@ -25,12 +25,13 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Parameter:
-    """A parameter of the step: its radii (negative in groups that maximize) and its name for messages."""
+    """A parameter of the step: its radii (negative in groups that maximize), its name for messages and its place."""
 
     tensor: Tensor
     rho_shared: float
     rho_task: float
     name: str
+    index: int = -1  # among all parameters of the optimizer, those without gradients too
 
     @property
     def sign(self) -> float:

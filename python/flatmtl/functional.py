@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _generic, _native
 from .aggregators import Aggregator, get_aggregator
+from .buffers import BufferAggregator
 
 Rows = Tensor | Sequence[Sequence[Tensor]]
 
@@ -65,6 +66,8 @@ def weights(
         RuntimeError: the Gramian holds Inf or NaN (the message names the row), or requires grad in grad mode.
     """
     aggregator = get_aggregator(method, **options)
+    if isinstance(aggregator, BufferAggregator):
+        raise TypeError(f"flatmtl.weights: aggregator {aggregator.name!r} is no function of the Gramian")
     gramian = torch.as_tensor(gramian)
     if gramian.dim() != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
         raise ValueError(f"flatmtl.weights: gramian has shape {tuple(gramian.shape)}; it must be K x K with K >= 1")
@@ -91,6 +94,8 @@ def aggregate(
         RuntimeError: a row holds Inf or NaN (the message names it), or a tensor requires grad and grad mode is on.
     """
     aggregator = get_aggregator(method, **options)
+    if isinstance(aggregator, BufferAggregator):
+        return aggregator(rows, draw=draw)
     matrix = _read_rows("aggregate", rows)
     backend = _backend(matrix)
     products = backend.gramian(matrix)

@@ -23,6 +23,7 @@ from ._step import Settings, Step
 from ._sync import Alone, connect
 from ._task import NonFiniteError, Parameter
 from .aggregators import Aggregator, get_aggregator
+from .buffers import BufferAggregator
 from .flatness import Flatness, get_flatness
 from .weightings import Weighting, get_weighting
 
@@ -162,16 +163,19 @@ class FlatMTL(Optimizer):
         if sync == "local" and mode.has_state:
             raise ValueError(f"sync='local': flatness mode {mode!r} keeps gradients of whole steps")
         weighting = None if weighting is None else get_weighting(weighting)
+        aggregator = get_aggregator(aggregator)
+        if isinstance(aggregator, BufferAggregator):
+            given = {"features": features is not None, "max_norm": max_norm is not None}
+            self._check_buffers(aggregator, combine, sync, [name for name, value in given.items() if value])
         if sync == "local" and weighting is not None and weighting.observes:
             raise ValueError(
                 f"sync='local': weighting {weighting!r} learns from losses that only \"exact\" makes equal"
             )
         if m_sharpness and mode.has_state:
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
-        made = get_aggregator(aggregator)
         self.settings = Settings(
-            made, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            max_norm, self._read_features(features, mode, combine, rho, made), bool(batched), bool(m_sharpness),
+            aggregator, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
+            max_norm, self._read_features(features, mode, combine, rho, aggregator), bool(batched), bool(m_sharpness),
             bool(replay_rng), seed,
         )  # fmt: skip
         self.nonfinite = nonfinite
@@ -193,6 +197,17 @@ class FlatMTL(Optimizer):
             setattr(self, hooks, OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
+
+    def _check_buffers(self, aggregator: BufferAggregator, combine: str, sync: str | None, given: list[str]) -> None:
+        """What a method that is no function of the Gramian does not go with."""
+        if combine not in ("decomposed", "direct"):
+            raise ValueError(
+                f"aggregator {aggregator.name!r} works with combine='decomposed' or 'direct', not {combine!r}"
+            )
+        if given:
+            raise ValueError(f"aggregator {aggregator.name!r} does not work with {given[0]}=")
+        if sync == "local" and (aggregator.batches or aggregator.has_buffers):
+            raise ValueError(f"aggregator {aggregator.name!r} does not work with sync='local'")
 
     def _read_features(
         self, features: Any, mode: Flatness, combine: str, rho: Any, aggregator: Aggregator
@@ -391,6 +406,7 @@ class FlatMTL(Optimizer):
 
     def _parameters(self) -> list[Parameter]:
         found: list[Parameter] = []
+        index = -1
         for g, group in enumerate(self.param_groups):
             rho = group.get("rho", self.defaults.get("rho", 0.0))
             _check_rho(rho, f"param_groups[{g}]['rho']")
@@ -398,12 +414,13 @@ class FlatMTL(Optimizer):
             sign = -1.0 if group.get("maximize", False) else 1.0
             names = group.get("param_names")
             for i, p in enumerate(group["params"]):
+                index += 1
                 if not p.requires_grad:
                     continue
                 name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
                 if not p.is_floating_point():
                     raise TypeError(f"parameter {name} is {p.dtype}; only real floating-point ones are supported")
-                found.append(Parameter(p, sign * shared, sign * task, name))
+                found.append(Parameter(p, sign * shared, sign * task, name, index))
         if not found:
             raise RuntimeError("no parameter of the optimizer requires grad")
         return found

@@ -9,8 +9,19 @@ algorithm and leaves out what surrounds it (checkpoints, per-task closures, erro
 """
 
 from .aggregators import METHODS, weights
+from .buffers import Buffers
 from .step import FlatMTL, aggregate, gramian, step_weights
 from .weightings import METHODS as WEIGHTINGS
 from .weightings import Weighting
 
-__all__ = ["METHODS", "WEIGHTINGS", "FlatMTL", "Weighting", "aggregate", "gramian", "step_weights", "weights"]
+__all__ = [
+    "METHODS",
+    "WEIGHTINGS",
+    "Buffers",
+    "FlatMTL",
+    "Weighting",
+    "aggregate",
+    "gramian",
+    "step_weights",
+    "weights",
+]

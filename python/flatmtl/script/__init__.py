@@ -14,6 +14,9 @@ so that the caller's list is left empty of tensors. What is here hands over a li
 
 from .functions import (
     aggregate,
+    buffer_method_number,
+    buffer_state,
+    buffer_update,
     gradients,
     gramian,
     loss_observe,
@@ -29,6 +32,9 @@ __all__ = [
     "SGD",
     "Adam",
     "aggregate",
+    "buffer_method_number",
+    "buffer_state",
+    "buffer_update",
     "gradients",
     "gramian",
     "loss_observe",

@@ -40,6 +40,45 @@ def aggregate(
     return update
 
 
+def buffer_update(
+    rows: list[list[Tensor]], losses: Tensor, method: str, options: list[float], buffers: list[list[Tensor]],
+    state: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """One step of GradDrop, MoCo, DB-MTL or ExcessMTL: the update, shaped like one row.
+
+    `losses` is (K,); GradDrop and ExcessMTL do not look at it. `buffers` are K rows like `rows` (float32 for narrower
+    ones) of zeros at first, and `state` `buffer_state(method, K)`; both are changed in place. GradDrop has no buffers:
+    an empty list.
+    """
+    number = buffer_method_number(method)
+    double = losses.detach().to(torch.float64).contiguous()
+    memory: list[Tensor] = []
+    for row in buffers:
+        for tensor in row:
+            if not tensor.is_contiguous():
+                raise RuntimeError("flatmtl.script: buffers must be contiguous")
+            memory.append(tensor)
+    result: list[Tensor] = torch.ops.flatmtl.buffer_update(
+        _flat(rows), len(rows), double, number, options, 0, memory, state
+    )
+    return result
+
+
+def buffer_state(method: str, num_tasks: int) -> Tensor:
+    """The state of a buffer method that starts afresh."""
+    vectors = [0, 2, 1, 3, 2]
+    return torch.zeros([vectors[buffer_method_number(method)] * num_tasks], dtype=torch.float64)
+
+
+def buffer_method_number(method: str) -> int:
+    """The number of a buffer method, by its name."""
+    names = ["graddrop", "moco", "db_mtl", "excess_mtl", "sdmgrad"]
+    for number, name in enumerate(names):
+        if name == method:
+            return number
+    raise RuntimeError("flatmtl.script: there is no buffer method " + method + "; known: " + ", ".join(names))
+
+
 def loss_weights(
     losses: Tensor, weighting: str, options: list[float], state: Tensor, norms: Tensor | None = None
 ) -> Tensor:
