@@ -446,6 +446,8 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     )
 }  # fmt: skip
 
+BUFFER_AGGREGATORS: dict[str, type[Aggregator]] = {}  # those that are no function of the Gramian: see buffers.py
+
 
 def get_aggregator(aggregator: str | Aggregator, **options: Any) -> Aggregator:
     """An aggregator from its name and options, or the object itself.
@@ -459,11 +461,12 @@ def get_aggregator(aggregator: str | Aggregator, **options: Any) -> Aggregator:
         return aggregator
     if not isinstance(aggregator, str):
         raise TypeError(f"an aggregator is a name, or an object like CAGrad(c=0.4), not {aggregator!r}")
-    cls = AGGREGATORS.get(aggregator)
+    known = AGGREGATORS | BUFFER_AGGREGATORS
+    cls = known.get(aggregator)
     if cls is None:
-        close = difflib.get_close_matches(aggregator.lower(), AGGREGATORS, n=1)
+        close = difflib.get_close_matches(aggregator.lower(), known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no aggregator {aggregator!r}.{hint} Known: {_quoted(AGGREGATORS)}")
+        raise ValueError(f"there is no aggregator {aggregator!r}.{hint} Known: {_quoted(known)}")
     names = cls.option_names()
     unknown = [name for name in options if name not in names]
     if unknown:

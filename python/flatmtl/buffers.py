@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import _ops
-from .aggregators import AGGREGATORS, Aggregator, _checked_seed
+from .aggregators import BUFFER_AGGREGATORS, Aggregator, _checked_seed
 
 Memory = dict[str, Any]
 
@@ -305,5 +305,4 @@ class SDMGrad(BufferAggregator):
         return out[0] if isinstance(rows, Tensor) else out
 
 
-BUFFER_AGGREGATORS = (GradDrop, MoCo, DBMTL, ExcessMTL, SDMGrad)
-AGGREGATORS.update({cls.name: cls for cls in BUFFER_AGGREGATORS})
+BUFFER_AGGREGATORS.update({cls.name: cls for cls in (GradDrop, MoCo, DBMTL, ExcessMTL, SDMGrad)})
