@@ -11,7 +11,7 @@
 #include "order.h"
 #include "solve.h"
 
-/* Targets nearer to +-1 are taken as this: at 1 itself infinitely much of g_j would be added. */
+/* Targets nearer to 1 are taken as this: at 1 itself infinitely much of g_j would be added. */
 static const double LARGEST_TARGET = 1.0 - 1e-6;
 
 static double cut(double x, double bound) {
@@ -34,7 +34,7 @@ static void turn(int32_t n, const double *c, const double *d, int32_t i, const d
       size += fabs(y[k]);
     }
     if (!(square > 4.0 * n * FM_EPS * size * size)) return; /* rounding is all that is left */
-    const double norm = sqrt(square), phi = cut(u[j] / norm, 1.0), target = cut(t[j], LARGEST_TARGET);
+    const double norm = sqrt(square), phi = cut(u[j] / norm, 1.0), target = fmin(t[j], LARGEST_TARGET);
     if (phi < target) {
       const double sine = sqrt((1.0 - target) * (1.0 + target));
       const double added = norm * (target / sine * sqrt((1.0 - phi) * (1.0 + phi)) - phi);

@@ -12,19 +12,18 @@ flatmtl_status fm_solve_upgrad(const fm_solve *solve, double *weights) {
   const int32_t n = solve->num_tasks;
   fm_quadprog q;
   fm_quadprog_init(&q, n, solve->gramian, solve->work);
-  double *offset = solve->work + fm_quadprog_work(n);
-  for (int32_t i = 0; i < n; ++i) {
-    offset[i] = 0.0;
-    weights[i] = 0.0;
-  }
+  double *scratch = solve->work + fm_quadprog_work(n);
+  for (int32_t i = 0; i < n; ++i) weights[i] = 0.0;
   for (int32_t i = 0; i < n; ++i) {
     const double preference = solve->options[i];
     weights[i] += preference;
     if (!(q.a[i] > 0.0) || preference == 0.0) continue;
-    offset[i] = 1.0;
-    fm_quadprog_offset(&q, offset);
-    offset[i] = 0.0;
-    const flatmtl_status status = fm_project(&q, offset + n);
+    for (int32_t j = 0; j < n; ++j) { /* fm_quadprog_offset of e_i */
+      const double entry = q.c[(size_t)i * n + j];
+      q.c_offset[j] = fm_dd_make(entry, 0.0);
+      q.abs_c_offset[j] = fabs(entry);
+    }
+    const flatmtl_status status = fm_project(&q, scratch);
     if (status != FLATMTL_OK) return status;
     for (int32_t j = 0; j < n; ++j) {
       if (q.y[j] > 0.0) weights[j] += ldexp(preference * q.y[j], q.exponents[i] - q.exponents[j]);

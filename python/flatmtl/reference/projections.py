@@ -50,7 +50,7 @@ def gradvac(
                 continue
             norm = square.sqrt()
             phi = (gramian[j] @ c / norm / d[j]).clamp(-1, 1)
-            t = targets[i, j].clamp(-1 + 1e-6, 1 - 1e-6)
+            t = targets[i, j].clamp(max=1 - 1e-6)
             if phi < t:
                 sine = (1 - t**2).sqrt()
                 c[j] += norm * (t * (1 - phi**2).sqrt() - phi * sine) / (d[j] * sine)
