@@ -157,6 +157,33 @@ def cpp_sanitizers() -> None:
     run(cpp_sanitized("sanitize", "address,undefined"), ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
 
 
+def c_fuzz() -> None:
+    """A minute of libFuzzer on bytes -> Gramian -> every method, from the saved inputs."""
+    clang = next((path for name in ("clang", "clang-14") if (path := shutil.which(name))), None)
+    if not clang:
+        print("no clang here: left out")
+        return
+    build = cmake_build(
+        "fuzz",
+        f"-DCMAKE_C_COMPILER={clang}",
+        "-DFLATMTL_BUILD_FUZZERS=ON",
+        "-DFLATMTL_SANITIZE=fuzzer-no-link,address,undefined",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_C_FLAGS_DEBUG=-g -O1",
+        target="flatmtl_fuzz_weights",
+    )
+    found = build / "corpus"
+    found.mkdir(exist_ok=True)
+    run(
+        build / "tests/fuzz/flatmtl_fuzz_weights",
+        "-max_total_time=60",
+        "-max_len=512",
+        f"-artifact_prefix={found}/",
+        found,
+        "tests/fuzz/corpus",
+    )
+
+
 def wheel() -> None:
     wheels = list((BUILD / "dist").glob("*.whl"))
     if len(wheels) != 1:
@@ -174,7 +201,7 @@ def pytest_long() -> None:
 
 SHORT = [lint, c_tests, c_sanitizers, python_address, wheel, cpp_tests, pytest]
 LONG = [
-    lint, c_tests, c_sanitizers, c_threads, c_valgrind, python_sanitizers, wheel, cpp_tests, cpp_sanitizers, pytest_long,
+    lint, c_tests, c_sanitizers, c_threads, c_valgrind, c_fuzz, python_sanitizers, wheel, cpp_tests, cpp_sanitizers, pytest_long,
 ]  # fmt: skip
 
 
