@@ -206,8 +206,9 @@ class IMTLG(Aggregator):
     (Gw)_i / d_i equal for all i, SUM w = 1: w = G^+ d / (1' G^+ d). Weights can be negative. Zero gradients get
     weight 0; where 1' G^+ d = 0 there is no solution and all weights are 0 ("Pareto-stationary").
 
-    No options. Cost: an eigendecomposition, O(K^3). The direction is invariant, the length is not. Projections are all
-    of one sign: non-conflicting unless 1' G^+ d is negative.
+    No options. Cost: a Cholesky factorisation, or a pseudo-inverse where G is singular, O(K^3). The direction is
+    invariant up to its sign, the length is not. Projections are all of one sign: non-conflicting unless 1' G^+ d is
+    negative.
 
     Liu et al., Towards Impartial Multi-task Learning, ICLR 2021.
     """
@@ -392,7 +393,8 @@ class ConFIG(Aggregator):
 
     With C_ij the cosines and v = C^+ 1: w_i = l v_i / d_i, l = SUM_i d_i (Cv)_i / 1'v. Weights can be negative. Zero
     gradients get weight 0; where C^+ 1 = 0, as for two opposite gradients, there is no such direction and all weights
-    are 0 ("Pareto-stationary"). The direction is that of IMTL-G where C has full rank.
+    are 0 ("Pareto-stationary"). The direction is that of IMTL-G, up to its sign, where C has full
+    rank.
 
     No options. Cost: a Cholesky factorisation, or a pseudo-inverse where C is singular, O(K^3). The direction is
     invariant, the length is not. Non-conflicting where C has full rank.
