@@ -1,10 +1,10 @@
 /* Any bytes -> a Gramian -> every method: no crash, no NaN, the same twice and on every instruction set.
  *
  * byte 0       K - 1, up to 16
- * byte 1       bit 0: the entries themselves, 8 bytes each (a symmetric matrix, not always a Gramian); else rows. bits 1-4:
- *              rank - 1 of the rows. bits 5-7: how far the rows' lengths lie apart
- * rows         one byte of exponent a row, then one signed byte an entry
- * Bytes that are missing are 0. Clang's libFuzzer runs it (FLATMTL_BUILD_FUZZERS); replay.c runs it on files. */
+ * byte 1       bit 0: the entries themselves, 8 bytes each (a symmetric matrix, not always a Gramian); else rows. bits
+ * 1-4: rank - 1 of the rows. bits 5-7: how far the rows' lengths lie apart rows         one byte of exponent a row,
+ * then one signed byte an entry Bytes that are missing are 0. Clang's libFuzzer runs it (FLATMTL_BUILD_FUZZERS);
+ * replay.c runs it on files. */
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -115,8 +115,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   const int32_t k = 1 + next_byte(&r) % MOST;
   double gramian[MOST * MOST];
   const int is_gramian = read_gramian(&r, k, gramian);
-  for (int i = 0; i < FLATMTL_NUM_METHODS; i++)
-    check(&context, k, gramian, is_gramian, (flatmtl_method)i, NULL, 0);
+  for (int i = 0; i < FLATMTL_NUM_METHODS; i++) check(&context, k, gramian, is_gramian, (flatmtl_method)i, NULL, 0);
   const double fair[] = {0.5, 1.0, 5.0}, c[] = {0.0, 0.99}, aligned[2][2] = {{1.0, 0.0}, {2.0, 0x1p-52}}, power = 1.0;
   for (int i = 0; i < 3; i++) check(&context, k, gramian, is_gramian, FLATMTL_FAIRGRAD, &fair[i], 1);
   for (int i = 0; i < 2; i++) check(&context, k, gramian, is_gramian, FLATMTL_CAGRAD, &c[i], 1);
