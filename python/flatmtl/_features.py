@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from . import _backend, _losses
 from ._losses import Loss
@@ -147,8 +147,20 @@ class FeatureGradients:
             largest.append(torch.linalg.eigvalsh(total)[-1])
         return torch.stack(largest).clamp(min=0.0).diag()
 
+    def _check_apart(self) -> None:
+        """Refuses a feature that is computed from another: the trunk's backward would count its gradient twice."""
+        for k, z in enumerate(self.features if len(self.features) > 1 else []):
+            inputs = [] if z.grad_fn is None else [n for n, _ in z.grad_fn.next_functions if n is not None]
+            behind = set(_losses.nodes(GradientEdge(n, 0) for n in inputs))
+            for j, other in enumerate(self.features):
+                if j != k and (other is z or other.grad_fn in behind):
+                    raise RuntimeError(
+                        f"features[{k}] is computed from features[{j}], so that their gradients overlap: leave one out"
+                    )
+
     def backward(self, indices: Sequence[int], weights: Tensor) -> dict[int, Tensor]:
         """SUM_i w_i g_i of the trunk's parameters, by one backward. Frees the graph."""
+        self._check_apart()
         seeds = []
         for k, z in enumerate(self.features):
             seed = torch.empty_like(z, memory_format=torch.contiguous_format)

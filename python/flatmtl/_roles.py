@@ -42,7 +42,7 @@ class Roles:
 
 
 def _tensors(items: Iterable[Any]) -> set[Tensor]:
-    if isinstance(items, nn.Module):
+    if isinstance(items, (nn.Module, Tensor)):
         items = [items]
     found: set[Tensor] = set()
     for i, item in enumerate(items):

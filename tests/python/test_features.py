@@ -217,6 +217,17 @@ def test_mtcool_of_one_task_is_the_plain_step() -> None:
         flatness.MTCOOL(rho=-1.0)
 
 
+def test_a_feature_that_is_computed_from_another_is_refused() -> None:
+    model = two_heads()
+    before = values(model)
+    for features in ([model.trunk[0], model.trunk[1]], [model.trunk[1], nn.Identity()]):
+        model.trunk.add_module("2", features[1]) if isinstance(features[1], nn.Identity) else None
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), rho=0.0, features=features)
+        with pytest.raises(RuntimeError, match=r"features\[1\] is computed from features\[0\]|\[0\] is computed from"):
+            optimizer.step(closure_of(model, *batch()))
+    assert equal(before, values(model))
+
+
 @pytest.mark.parametrize("options", [
     {"flat": "mtcool"}, {"flat": "sam", "combine": "direct"}, {"flat": "fsam", "combine": "direct"}, {"rho": 0.0},
 ])  # fmt: skip

@@ -341,6 +341,33 @@ def test_resumption_is_bit_equal(mode: flatness.Flatness) -> None:
     assert equal(values(model), values(other))
 
 
+@pytest.mark.parametrize("mode", STATEFUL[:3], ids=lambda m: m.name)
+def test_states_follow_their_parameters(mode: flatness.Flatness) -> None:
+    """Frozen parameters, parameters frozen or added later, and a checkpoint for a model of another dtype."""
+    runs = []
+    for bias in (False, True):  # a run with a frozen parameter in front is that without it
+        model = two_heads()
+        frozen = [nn.Parameter(torch.zeros(3), requires_grad=False)] if bias else []
+        optimizer = flatmtl.FlatMTL(SGD([*frozen, *model.parameters()], lr=LR), flat=mode, rho=RHO)
+        for k in range(4):
+            optimizer.step(closure_of(model, *batch(k)))
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        runs.append(values(model))
+    assert equal(*runs)
+    before = model.trunk[0].bias.detach().clone()
+    model.trunk[0].weight.requires_grad_(False)  # type: ignore[union-attr]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    optimizer.step(closure_of(model, *batch()))
+    assert not torch.equal(before, model.trunk[0].bias)  # type: ignore[arg-type]
+    model.trunk[0].weight.requires_grad_(True)  # type: ignore[union-attr]
+    optimizer.step(closure_of(model, *batch()))
+    narrow = two_heads(dtype=torch.float32)
+    params = [*frozen, *narrow.parameters(), nn.Parameter(torch.zeros(2))]
+    again = flatmtl.FlatMTL(SGD([{"params": params[:-1]}, {"params": params[-1:]}], lr=LR), flat=mode, rho=RHO)
+    again.load_state_dict(optimizer.state_dict())
+    again.step(closure_of(narrow, *batch(dtype=torch.float32)))
+
+
 @pytest.mark.parametrize("mode", STATEFUL, ids=lambda m: m.name)
 def test_a_failed_step_leaves_the_state(mode: flatness.Flatness) -> None:
     model = two_heads()

@@ -209,6 +209,13 @@ def test_bad_options(options: dict[str, object], error: type[Exception], match: 
     assert "rho" not in inner.defaults
 
 
+def test_shared_takes_a_single_parameter() -> None:
+    model = two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), shared=model.trunk[0].weight)  # type: ignore[arg-type]
+    optimizer.step(closure_of(model, *batch()))
+    assert optimizer.roles.state(list(model.parameters())) == [-1, 0, 0, 0, 1, 1]
+
+
 def test_bad_optimizers() -> None:
     model = two_heads()
     with pytest.raises(TypeError, match="LBFGS"):

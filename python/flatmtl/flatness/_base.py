@@ -93,12 +93,28 @@ def minus(state: TaskState, c: float, params: int) -> list[Tensor | None]:
     return out
 
 
+def stored(step: Step, row: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A row as a state keeps it: one entry a parameter of the param groups, frozen ones included, which may change."""
+    out: list[Tensor | None] = [None] * (step.params[-1].index + 1)
+    for p, x in zip(step.params, row, strict=True):
+        out[p.index] = x
+    return out
+
+
+def recalled(step: Step, row: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """A stored row for the parameters of this step, with their device and dtype; None for what it does not have."""
+    found = [row[p.index] if p.index < len(row) else None for p in step.params]
+    return [
+        None if x is None else x.to(p.tensor.device, p.tensor.dtype) for x, p in zip(found, step.params, strict=True)
+    ]
+
+
 def check_rows(mode: str, rows: Sequence[Sequence[Tensor | None]], num_tasks: int, params: Sequence[Tensor]) -> None:
     """Whether the rows of a loaded state are one a task, each with one tensor (or None) a parameter."""
     if len(rows) != num_tasks:
         raise ValueError(f"state_dict holds {mode}'s gradients of {len(rows)} tasks, but there are {num_tasks}")
     for k, row in enumerate(rows):
-        if row and len(row) != len(params):
+        if len(row) > len(params):
             raise ValueError(f"state_dict holds {mode}'s gradients of {len(row)} parameters, not {len(params)}")
         for i, (value, p) in enumerate(zip(row, params, strict=False)):
             if value is not None and value.shape != p.shape:

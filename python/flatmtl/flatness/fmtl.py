@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._base import Flatness, check_rows, minus, own_products
+from ._base import Flatness, check_rows, minus, own_products, recalled, stored
 
 if TYPE_CHECKING:
     from .._step import Step
@@ -88,7 +88,7 @@ class FMTL(Flatness):
                 continue
             c = 1.0 + gf / gg if gg > 0.0 else 0.0
             new["age"][k] = 1
-            new["orthogonal"][k] = unscaled(step, minus(state, c, len(step.tensors)))
+            new["orthogonal"][k] = stored(step, unscaled(step, minus(state, c, len(step.tensors))))
             new["norm"][k] = math.sqrt(gg) / factor
             new["orthogonal_norm"][k] = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff) / factor
         step.new_states["flat"] = new
@@ -105,6 +105,7 @@ def check_every(name: str, every: Any) -> None:
 def reuse(step: Step, state: TaskState, orthogonal: Sequence[Tensor | None], factor: float) -> None:
     """s_i = g_i + factor v_i, in place of a perturbed pass."""
     state.perturbed = [None] * len(step.tensors)
+    orthogonal = recalled(step, orthogonal)
     with torch.no_grad():
         for i in state.reached:
             g, v = state.grads[i], orthogonal[i]

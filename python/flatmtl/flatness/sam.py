@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._base import Flatness, check_rows, minus, sums
+from ._base import Flatness, check_rows, minus, recalled, stored, sums
 from .fmtl import check_every, reuse, unscaled
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class FSAM(SAM):
             raise ValueError(f"FSAM: lmbda is {self.lmbda}; it must be in [0, 1]")
 
     def _direction(self, step: Step, row: list[Tensor], own: Sequence[int]) -> list[Tensor]:
-        old = (step.states.get("flat") or {}).get("mean") or [None] * len(step.tensors)
+        old = recalled(step, (step.states.get("flat") or {}).get("mean") or [])
         mean, direction = list(old), []
         with torch.no_grad():
             for i, g in zip([*step.shared, *own], row, strict=True):
@@ -139,7 +139,7 @@ class FSAM(SAM):
                 m = old[i]
                 direction.append(g if m is None else torch.sub(g, m, alpha=self.sigma))
                 mean[i] = g.clone() if m is None else torch.lerp(g, m, self.lmbda)
-        step.new_states["flat"] = {"name": self.name, "mean": mean}
+        step.new_states["flat"] = {"name": self.name, "mean": stored(step, mean)}
         return direction
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
@@ -194,7 +194,8 @@ class LookSAM(SAM):
         for i, state in enumerate(step.present):
             row = unscaled(step, minus(state, c, len(step.tensors)))
             factor = step.factor(i)
-            orthogonal[state.index] = row if factor == 1.0 else [None if x is None else x * factor for x in row]
+            row = row if factor == 1.0 else [None if x is None else x * factor for x in row]
+            orthogonal[state.index] = stored(step, row)
         norm = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff)
         step.new_states["flat"] = {"name": self.name, "age": 1, "orthogonal": orthogonal, "orthogonal_norm": norm}
 
