@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -169,7 +171,7 @@ def test_limits_are_within_reason(probes: Probes) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_do_what_torch_does(kernel: str, dtype: str, probes: Probes) -> None:
     case = kernels.Case(kernel, 1 if kernel in ("perturb", "copy") else 3, 1000, dtype, 1)
-    arena = rows.Arena(case.traffic, getattr(torch, dtype))
+    arena = rows.Arena(case.inputs * 1000, getattr(torch, dtype), 1000)
     _, found = kernels.build(case, arena, probes)
     assert (
         set(found)
@@ -179,7 +181,7 @@ def test_kernels_do_what_torch_does(kernel: str, dtype: str, probes: Probes) -> 
     if dtype == "float32":
         torch.testing.assert_close(found[kernels.TORCH]().double(), ours, rtol=1e-5, atol=1e-3)
     wide = kernels.Case(kernel, case.tasks, 1000, "float32", 1)
-    exact = rows.Arena(arena.count)
+    exact = rows.Arena(arena.count, out=1000)
     exact.numbers.copy_(arena.numbers)
     expected = kernels.build(wide, exact, probes)[1][kernels.TORCH]().double()
     torch.testing.assert_close(ours, expected, rtol=1e-2, atol=1e-2)
@@ -220,6 +222,17 @@ def test_arena_rows_differ_and_repeat_nothing_early() -> None:
     assert float(x.std()) == pytest.approx(1.0, abs=0.01)
     with pytest.raises(ValueError, match="2500000"):
         arena.rows(3, 1_000_000)
+    with pytest.raises(ValueError, match="0 numbers to write"):
+        arena.out(1)
+
+
+def test_timing_a_case_leaves_the_rows_alone(probes: Probes) -> None:
+    for kernel in kernels.KERNELS:
+        case = kernels.Case(kernel, 2, 1000, "float32", 1)
+        arena = rows.Arena(4 * 1000, out=1000)
+        before = arena.numbers.clone()
+        kernels.measure(case, arena, probes, SHORT)
+        assert torch.equal(arena.numbers, before), kernel
 
 
 TOLERANCE = {contenders.REFERENCE: 1e-6, contenders.TORCHJD: 0.1, contenders.AUTHORS: 0.2, contenders.TORCH: 0.2}
@@ -257,13 +270,39 @@ def test_direction_difference_of_known_updates() -> None:
 
 def test_what_is_missing_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer"):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
+        monkeypatch.setitem(sys.modules, package, None)
     versions = contenders.versions()
     assert versions["torchjd"]["version"] is None
     assert "torchjd" in versions["torchjd"]["absent"]
     found, absent = contenders.aggregations("pcgrad", 2)
     assert {"torchjd", "pytorch_optimizer"} <= set(absent)
     assert set(found) == {"flatmtl", "reference"}
+
+
+def test_weightings_of_libmtl_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package of LibMTL's interface, whose other parts cannot be imported."""
+    package = tmp_path / "LibMTL"
+    (package / "weighting").mkdir(parents=True)
+    (package / "__init__.py").write_text("import no_such_module\n")
+    (package / "weighting" / "__init__.py").write_text(
+        "class MGDA:\n"
+        "    def init_param(self): pass\n"
+        "    def _compute_grad(self, losses, mode, rep_grad=False): raise AssertionError\n"
+        "    def backward(self, losses, **options):\n"
+        "        assert len(losses) == self.task_num and options['mgda_gn'] == 'none' and not self.rep_grad\n"
+        "        self._compute_grad_dim()\n"
+        "        self._reset_grad(self._compute_grad(losses, mode='backward').mean(0))\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "LibMTL"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    found, absent = contenders.aggregations("mgda", 3)
+    assert contenders.LIBMTL not in absent
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(found[contenders.LIBMTL](x), x.mean(0))
+    assert "LibMTL" not in sys.modules
+    monkeypatch.delitem(sys.modules, "LibMTL.weighting")
+    assert "NotImplementedError" in contenders.aggregations("ntkmtl", 3)[1][contenders.LIBMTL]
 
 
 def test_methods_without_a_published_solver_say_so() -> None:
@@ -439,7 +478,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_probe_source_has_no_warnings() -> None:
     source = Path(kernels.__file__).with_name("probe.c")
-    compiler = __import__("shutil").which("cc")
+    compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
     command = [compiler, "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-c", str(source), "-o", "/dev/null"]

@@ -6,6 +6,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import random
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +40,7 @@ def versions() -> dict[str, dict[str, Any]]:
     }
     for name, package in _PACKAGES.items():
         try:
-            importlib.import_module(package)
+            _libmtl_weightings() if name == LIBMTL else importlib.import_module(package)
             found[name] = {"version": importlib.metadata.version(package)}
         except Exception as error:  # a library may fail at import in ways of its own
             found[name] = {"version": None, "absent": f"{type(error).__name__}: {error}"}
@@ -159,16 +161,36 @@ def _torchjd_weights(aggregator: Any) -> Solve:
 _LIBMTL_NAMES = {"mgda": "MGDA", "pcgrad": "PCGrad", "cagrad": "CAGrad", "gradvac": "GradVac",
                  "fairgrad": "FairGrad", "upgrad": "UPGrad", "aligned_mtl": "Aligned_MTL",
                  "nash_mtl": "Nash_MTL"}  # fmt: skip
-_LIBMTL_OPTIONS = {"mgda_gn": "none", "calpha": 0.4, "rescale": 1, "GradVac_beta": 0.01, "GradVac_group_type": 0,
+_LIBMTL_OPTIONS = {"mgda_gn": "none", "calpha": 0.4, "rescale": 1, "beta": 0.01, "GradVac_beta": 0.01, "GradVac_group_type": 0,
                    "FairGrad_alpha": 2.0, "update_weights_every": 1, "optim_niter": 20, "max_norm": 1.0,
                    "UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}  # fmt: skip
+
+
+def _libmtl_weightings() -> Any:
+    """LibMTL.weighting, without the rest of LibMTL where that cannot be imported: 1.1.5 needs a module that torchvision
+    removed, and its weightings do not."""
+    try:
+        return importlib.import_module("LibMTL.weighting")
+    except ImportError:
+        spec = importlib.util.find_spec("LibMTL")
+        if spec is None or spec.submodule_search_locations is None:
+            raise
+    package = types.ModuleType("LibMTL")
+    package.__path__ = list(spec.submodule_search_locations)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "LibMTL"]:
+        del sys.modules[name]
+    sys.modules["LibMTL"] = package
+    try:
+        return importlib.import_module("LibMTL.weighting")
+    finally:
+        del sys.modules["LibMTL"]  # so that an import by somebody else fails as before
 
 
 def _libmtl(method: str, tasks: int) -> Solve:
     """A weighting of LibMTL that is handed the rows, in place of computing them, and whose update is taken."""
     if method not in _LIBMTL_NAMES:
         raise NotImplementedError(f"LibMTL forms no rows for {method}, or has no such method")
-    base = getattr(importlib.import_module("LibMTL.weighting"), _LIBMTL_NAMES[method])
+    base = getattr(_libmtl_weightings(), _LIBMTL_NAMES[method])
 
     class HandedRows(base):  # type: ignore[misc, valid-type]
         def _compute_grad_dim(self) -> None:

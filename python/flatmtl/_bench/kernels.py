@@ -85,7 +85,6 @@ def _memory(mode: Mode) -> int:
 def run(mode: Mode, probes: Probes, progress: Progress, cases: list[Case] | None = None) -> dict[str, Any]:
     """Record of the section: the `machine`'s limits for each number of threads, the `cases`, and the `fits`."""
     cases = plan(mode) if cases is None else cases
-    largest = max(case.traffic for case in cases)
     limits = []
     for count in sorted({case.threads for case in cases}):
         with threads(count):
@@ -98,7 +97,9 @@ def run(mode: Mode, probes: Probes, progress: Progress, cases: list[Case] | None
         dtype = getattr(torch, case.dtype)
         if arena is None or arena.dtype != dtype:
             arena = None  # frees the old one first
-            arena = rows.Arena(largest // BYTES[case.dtype] + 64, dtype)
+            own = [other for other in cases if other.dtype == case.dtype]
+            count = max(other.inputs * other.numbers for other in own)
+            arena = rows.Arena(count, dtype, max(other.outputs * other.numbers for other in own))
         results.append(measure(case, arena, probes, mode.effort))
         progress(f"{case.kernel}, K = {case.tasks}, P = {case.numbers:,}")
     plain = [c for c in results if c["layout"] == "one"]
@@ -129,7 +130,7 @@ def measure(case: Case, arena: rows.Arena, probes: Probes, effort: Effort) -> di
 def build(case: Case, arena: rows.Arena, probes: Probes) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The name of the contender that ratios refer to, and all contenders. What they return is equal, but for `floor`'s."""
     matrix = arena.rows(case.inputs, case.numbers)
-    out = arena.rows(1, case.numbers, case.inputs)[0] if case.outputs else None
+    out = arena.out(case.numbers)[0] if case.outputs else None
     if case.layout != "one":
         return ONE, _in_pieces(case, matrix, probes)
     floor = probes.read(list(matrix)) if out is None else probes.mix(list(matrix), out)

@@ -33,23 +33,33 @@ def numbers(layout: str) -> int:
 
 class Arena:
     """Memory that all cases of one dtype share, so that none pays for fresh pages. It holds normal random numbers; rows
-    differ in where they begin in a sequence that repeats itself after a prime number of elements."""
+    differ in where they begin in a sequence that repeats itself after a prime number of elements. `out` is apart, since
+    what is written there (bits of any pattern) must not become a row."""
 
     PERIOD = 1_000_003
 
-    def __init__(self, count: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, count: int, dtype: torch.dtype = torch.float32, out: int = 0) -> None:
         self.dtype, self.count = dtype, count
         self.numbers = torch.empty(count, dtype=dtype)
+        self._out = torch.zeros(out, dtype=dtype)
         self.numbers[: self.PERIOD] = torch.randn(min(count, self.PERIOD), generator=torch.Generator().manual_seed(0))
         for begin in range(self.PERIOD, count, self.PERIOD):
             piece = self.numbers[begin : begin + self.PERIOD]
             piece.copy_(self.numbers[: len(piece)])
 
-    def rows(self, count: int, length: int, start: int = 0) -> Tensor:
-        """(count, length), contiguous, beginning `start` rows into the arena."""
-        if (start + count) * length > self.count:
-            raise ValueError(f"the arena has {self.count} numbers; {start} + {count} rows of {length} were asked for")
-        return self.numbers[start * length : (start + count) * length].view(count, length)
+    def rows(self, count: int, length: int) -> Tensor:
+        """(count, length), contiguous, to be read only."""
+        if count * length > self.count:
+            raise ValueError(f"the arena has {self.count} numbers; {count} rows of {length} were asked for")
+        return self.numbers[: count * length].view(count, length)
+
+    def out(self, length: int, count: int = 1) -> Tensor:
+        """(count, length), contiguous, to write to."""
+        if count * length > len(self._out):
+            raise ValueError(
+                f"the arena has room for {len(self._out)} numbers to write; {count} x {length} were asked for"
+            )
+        return self._out[: count * length].view(count, length)
 
 
 def cut(row: Tensor, layout: str) -> list[Tensor]:

@@ -78,10 +78,11 @@ def arithmetic(
     again for the update that is written."""
     k = tasks
     with threads(count):
-        arena = rows.Arena((2 * k + 3) * numbers)
-        matrix = arena.rows(2 * k, numbers)
+        arena = rows.Arena((2 * k + 1) * numbers, out=2 * numbers)
+        *matrix, theta = arena.rows(2 * k + 1, numbers)
         g, s = ([rows.cut(row, layout) for row in half] for half in (matrix[:k], matrix[k:]))
-        theta, saved, out = (arena.rows(1, numbers, 2 * k + i)[0] for i in range(3))
+        saved, out = arena.out(numbers, 2)
+        loss, perturbed = arena.rows(2 * k, numbers).split(k)
         works: dict[str, Callable[[], Any]] = {}
         for name, optimizer in ((OURS, flatmtl.FlatMTL), (REFERENCE, reference.FlatMTL)):
             # the reference writes f over s, which it owns in training: it gets a copy
@@ -90,10 +91,10 @@ def arithmetic(
             works[name] = partial(ready.step, wrapped)
         found, absent = contenders.aggregations(method, k)
         if (theirs := found.get(contenders.TORCHJD)) is not None:
-            works[TORCHJD_ONE] = lambda: theirs(matrix[:k])
-            works[TORCHJD_BOTH] = lambda: theirs(matrix[:k]) + theirs(matrix[k:] - matrix[:k])
+            works[TORCHJD_ONE] = lambda: theirs(loss)
+            works[TORCHJD_BOTH] = lambda: theirs(loss) + theirs(perturbed - loss)
         parts = [probes.read([matrix[0]]), probes.mix([theta, matrix[0]], out)]
-        copy, read, mix = probes.mix([theta], saved), probes.read(list(matrix)), probes.mix(list(matrix), out)
+        copy, read, mix = probes.mix([theta], saved), probes.read(matrix), probes.mix(matrix, out)
 
         def floors() -> None:
             copy()
