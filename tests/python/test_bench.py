@@ -420,6 +420,14 @@ def test_targets_on_made_up_numbers() -> None:
     assert rows_["Gramian of at most 10 rows, float32 / reading them"] == ["1.50", "1.50 - 1.50", "1"]
 
 
+def test_a_busy_machine_is_said(record: dict) -> None:
+    facts = record["machine"]
+    for load, said in ((0.9, False), (1.1, True), (None, False)):
+        text = report.busy({"machine": {**facts, "cores": 2, "load": load}})
+        assert (text is not None) == said
+    assert "unknown" in report.tables({**record, "machine": {**facts, "load": None}})[0].rows[3][1]
+
+
 def test_cells() -> None:
     assert [report.seconds(x) for x in (12.345, 0.0123, 1.5e-6, 2e-9)] == ["12.3 s", "12.3 ms", "1.50 µs", "2 ns"]
     assert report.spread({"median": 1.0, "lower": 0.5, "upper": 250.0}, report.ratio) == "1.00 (0.50 - 250)"

@@ -66,10 +66,12 @@ def _report(record: dict[str, Any], console: Console, plots: Path | None, docs: 
     from . import report
 
     found = report.tables(record)
+    if warning := report.busy(record):
+        console.print(warning)
     for entry in found:
         table = Table(title=entry.title, title_justify="left")
         for i, column in enumerate(entry.columns):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i and bool(column))
         for row in entry.rows:
             table.add_row(*row)
         console.print(table)

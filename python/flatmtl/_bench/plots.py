@@ -55,7 +55,7 @@ def _panels(titles: Sequence[str], x: str) -> tuple[Any, list[Any]]:
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xlabel(x, fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes[len(titles) :]:
         axis.set_axis_off()
@@ -66,6 +66,10 @@ def _panels(titles: Sequence[str], x: str) -> tuple[Any, list[Any]]:
 
 def _curves(axis: Any, cases: Sequence[dict[str, Any]], against: str, names: Sequence[str]) -> None:
     """Medians as lines, quartiles as bands."""
+    if against == "tasks":  # a few small integers: each has its mark
+        marks = sorted({case[against] for case in cases})
+        axis.set_xticks(marks, [str(mark) for mark in marks])
+        axis.set_xticks([], minor=True)
     for name in names:
         points = sorted((case[against], case["times"][name]) for case in cases if name in case["times"])
         if not points:

@@ -43,6 +43,17 @@ def tables(record: dict[str, Any]) -> list[Table]:
     return [*found, *_growth(record)]
 
 
+def busy(record: dict[str, Any]) -> str | None:
+    """What to say of a machine that had other work when the run began."""
+    load, cores = record["machine"]["load"], record["machine"]["cores"]
+    if load is None or load <= 0.5 * cores:
+        return None
+    return (
+        f"The load was {load:.1f} on {cores} cores before the run: these numbers say little, least those of several "
+        "threads, which wait for each other."
+    )
+
+
 def into(text: str, found: Sequence[Table]) -> str:
     """The text with the tables between their markers, `<!-- bench: NAME -->` and `<!-- bench: end -->`. Markers without
     a table keep what is between them; ValueError if there are no markers."""
@@ -102,7 +113,7 @@ def _machine(record: dict[str, Any]) -> Table:
         ["versions", f"flatmtl {facts['flatmtl']}, torch {facts['torch']}, Python {facts['python']}"],
         [
             "run",
-            f"{record['mode']}, {facts['date']}, {record['seconds'] / 60:.0f} min, load before {facts['load']:.1f}",
+            f"{record['mode']}, {facts['date']}, {record['seconds'] / 60:.0f} min, load before {_load(facts)}",
         ],
     ]
     for limit in record.get("kernels", {}).get("limits", []):
@@ -120,6 +131,10 @@ def _machine(record: dict[str, Any]) -> Table:
         if name != OURS:
             rows.append([name, entry["version"] or f"absent ({entry['absent']})"])
     return Table("machine", "The machine, and the contenders.", ["", ""], rows)
+
+
+def _load(facts: dict[str, Any]) -> str:
+    return "unknown" if facts["load"] is None else f"{facts['load']:.1f}"
 
 
 def _kernels(section: dict[str, Any]) -> Iterable[Table]:

@@ -37,7 +37,7 @@ class Mode:
 
 
 QUICK = Mode(
-    "quick", Effort(0.1, 3), 64 << 20,
+    "quick", Effort(0.1, 3), 160 << 20,
     kernel_tasks=(3, 8, 16), kernel_numbers=(100_000, 300_000, 1_000_000), kernel_dtypes=("float32",),
     one_thread=False,
     solver_tasks=(2, 5, 10, 20), aggregation_methods=("mgda", "cagrad"), aggregation_tasks=(3,),
