@@ -6,6 +6,7 @@
 """
 
 from . import _ops as _ops  # loads the library
+from . import flatness as flatness
 from . import helpers as helpers
 from . import metrics as metrics
 from . import regularizers as regularizers
@@ -34,6 +35,7 @@ from .aggregators import (
 )  # fmt: skip
 from .buffers import DBMTL, BufferAggregator, ExcessMTL, GradDrop, MoCo, SDMGrad
 from .functional import aggregate, gramian, weights
+from .main_task import HydaLearn, SLGrad
 from .optimizer import FlatMTL
 from .weightings import (
     BMTL,
@@ -90,6 +92,7 @@ __all__ = [
     "GradDrop",
     "GradNorm",
     "GradVac",
+    "HydaLearn",
     "Landscape",
     "Mean",
     "MoCo",
@@ -98,12 +101,14 @@ __all__ = [
     "PCGrad",
     "RankError",
     "SDMGrad",
+    "SLGrad",
     "Sum",
     "UPGrad",
     "Weighting",
     "aggregate",
     "cmake_prefix_path",
     "diagnose",
+    "flatness",
     "gramian",
     "helpers",
     "landscape",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import _aggregator_state, _featured, _ops, _record, _sharded, _weighting
+from . import _aggregator_state, _featured, _ops, _record, _sharded, _validation, _weighting
 from ._buffers import Plan
 from ._features import Features
 from ._losses import Task
@@ -89,6 +89,7 @@ class Step:
         for t in self.point.leaves:
             t.grad = None  # so that a backward inside the closure cannot add to it
         self.passes: Passes | Any = None
+        self.validation: Any = None
         self.micro: Sequence[int] = ()
         self.tasks: list[TaskState] = []  # all of them
         self.present: list[TaskState] = []  # those that take part
@@ -102,7 +103,8 @@ class Step:
 
     # -- the order of a step ---------------------------------------------------------------------------------------
 
-    def run(self, closure: Any, batches: Sequence[Any] | None = None) -> None:
+    def run(self, closure: Any, batches: Sequence[Any] | None = None, validation: Any = None) -> None:
+        self.validation = validation
         features = None if self.settings.features is None else Features(self.settings.features)
         self.passes = Passes(
             closure, batches, self.point, buffers=self.buffers, interrupt=self.interrupt,
@@ -111,6 +113,7 @@ class Step:
             batched=self.settings.batched,
         )  # fmt: skip
         self.passes.stop_at_features = self.featured and not self.flat
+        self.passes.closure = _validation.prepare(self, closure, validation)
         self.sync.start(self.params, f"{self.settings}, step {self.draw}")
         count = len(self.passes.arguments)
         wanted = getattr(self.settings.aggregator, "batches", 0)

@@ -32,6 +32,7 @@ class Parameter:
     rho_task: float
     name: str
     index: int = -1  # among all parameters of the optimizer, those without gradients too
+    lr: float = 0.0
 
     @property
     def sign(self) -> float:

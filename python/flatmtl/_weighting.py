@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _validation
 from ._protect import HeldInterrupt, noted
 from ._task import TaskState
+from .main_task import HydaLearn, SLGrad
 
 if TYPE_CHECKING:
     from ._passes import Passes
@@ -32,6 +34,10 @@ def factors(step: Step) -> list[float] | None:
         return None
     if not present:
         return []
+    if isinstance(weighting, HydaLearn):
+        return _validation.hydalearn(step, weighting, step.validation)
+    if isinstance(weighting, SLGrad):
+        return [1.0] * len(present)  # the weights are in the losses
     at = [s.index for s in present]
     losses = _numbers([s.loss for s in present])
     for state, loss in zip(present, losses.tolist(), strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ops, _record, _sharded, _weighting
+from . import _ops, _record, _sharded, _validation, _weighting
 from ._checkpoint import FlatMTLState
 from ._features import read_modules
 from ._losses import Task
@@ -283,7 +283,7 @@ class FlatMTL(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def step(self, closure: Any = None, *, batches: Iterable[Any] | None = None) -> Any:
+    def step(self, closure: Any = None, *, batches: Iterable[Any] | None = None, validation: Any = None) -> Any:
         """Makes one F-MTL step, or, without a closure, applies `.grad` by the wrapped optimizer.
 
         Args:
@@ -296,6 +296,8 @@ class FlatMTL(Optimizer):
                 each, and both families of gradients are means over them, as are the losses: the step of the one large
                 batch, where the losses are means over their examples, the micro-batches of one size, and the model has
                 no BatchNorm. A task that is absent from some takes the mean over the others.
+            validation: for the weightings that need it (:mod:`flatmtl.main_task`), a function of no arguments that
+                evaluates the main task on held-out data.
 
         Returns:
             The losses at the unperturbed point, detached, in the container that came.
@@ -303,23 +305,27 @@ class FlatMTL(Optimizer):
         if closure is None:
             if batches is not None:
                 raise TypeError("batches are given without a closure that takes them")
+            if validation is not None:
+                raise TypeError("validation is given without a closure")
             with HeldInterrupt() as interrupt:
                 return self._apply(interrupt)
         with HeldInterrupt() as interrupt:
-            losses = self._backward(closure, batches, None, interrupt)
+            losses = self._backward(closure, batches, validation, None, interrupt)
             if not self.last["skipped"]:
                 self._apply(interrupt)
         return losses
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
-    def backward(self, closure: Any, grad_scaler: Any = None, *, batches: Iterable[Any] | None = None) -> Any:
+    def backward(
+        self, closure: Any, grad_scaler: Any = None, *, batches: Iterable[Any] | None = None, validation: Any = None
+    ) -> Any:
         """All of a step but the wrapped optimizer's update: parameters restored, the combined update in `.grad`.
 
         Clip, unscale or log between this and `step()`. `.grad` is overwritten, not accumulated.
 
         Args:
-            closure, batches: as for `step`.
+            closure, batches, validation: as for `step`.
             grad_scaler: a `torch.amp.GradScaler`. The losses are scaled, the perturbation is that of the unscaled
                 gradients, and `.grad` holds the scaled update, or Inf if a pass overflowed (whatever `nonfinite` says;
                 nothing else has then changed). Then `scaler.step(optimizer)` and `scaler.update()`, as usual.
@@ -328,20 +334,24 @@ class FlatMTL(Optimizer):
             The losses, as `step`.
         """
         if isinstance(self.optimizer, FlatMTL):  # self is a wrapper that imitates this class, as Lightning's does
-            return self.optimizer.backward(closure, grad_scaler, batches=batches)
+            return self.optimizer.backward(closure, grad_scaler, batches=batches, validation=validation)
         with HeldInterrupt() as interrupt:
-            return self._backward(closure, batches, grad_scaler, interrupt)
+            return self._backward(closure, batches, validation, grad_scaler, interrupt)
 
-    def _backward(self, closure: Any, batches: Iterable[Any] | None, grad_scaler: Any, interrupt: HeldInterrupt) -> Any:
+    def _backward(
+        self, closure: Any, batches: Iterable[Any] | None, validation: Any, grad_scaler: Any, interrupt: HeldInterrupt
+    ) -> Any:
         if self._ranks is None:
             self._ranks = connect(self.sync, self.process_group, self.settings.m_sharpness, self._all_tensors())
         with self._ranks.step():
-            return self._backward_on(self._ranks, closure, batches, grad_scaler, interrupt)
+            return self._backward_on(self._ranks, closure, batches, validation, grad_scaler, interrupt)
 
     def _backward_on(
-        self, ranks: Alone, closure: Any, batches: Iterable[Any] | None, grad_scaler: Any, interrupt: HeldInterrupt
-    ) -> Any:
+        self, ranks: Alone, closure: Any, batches: Iterable[Any] | None, validation: Any, grad_scaler: Any,
+        interrupt: HeldInterrupt,
+    ) -> Any:  # fmt: skip
         with ranks.guard():
+            _validation.check(self.settings.weighting, validation, closure, batches, type(ranks) is Alone)
             params = self._parameters()
             if batches is not None:
                 batches = list(batches)
@@ -357,7 +367,7 @@ class FlatMTL(Optimizer):
             )  # fmt: skip
         try:
             with ranks.guard():
-                step.run(closure, batches)
+                step.run(closure, batches, validation)
         except NonFiniteError:
             step.rollback()
             if not scaled and self.nonfinite == "raise":
@@ -420,7 +430,8 @@ class FlatMTL(Optimizer):
                 name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
                 if not p.is_floating_point():
                     raise TypeError(f"parameter {name} is {p.dtype}; only real floating-point ones are supported")
-                found.append(Parameter(p, sign * shared, sign * task, name, index))
+                lr = float(group.get("lr", 0.0))
+                found.append(Parameter(p, sign * shared, sign * task, name, index, lr))
         if not found:
             raise RuntimeError("no parameter of the optimizer requires grad")
         return found

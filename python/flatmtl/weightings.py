@@ -495,11 +495,14 @@ def get_weighting(weighting: str | Weighting, **options: Any) -> Weighting:
         return weighting
     if not isinstance(weighting, str):
         raise TypeError(f"a weighting is a name, or an object like UW(lr=0.025), not {weighting!r}")
-    cls = WEIGHTINGS.get(weighting)
+    from . import main_task
+
+    table: dict[str, type[Weighting]] = {**WEIGHTINGS, "hydalearn": main_task.HydaLearn, "slgrad": main_task.SLGrad}
+    cls = table.get(weighting)
     if cls is None:
-        close = difflib.get_close_matches(weighting.lower(), WEIGHTINGS, n=1)
+        close = difflib.get_close_matches(weighting.lower(), table, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no weighting {weighting!r}.{hint} Known: {_quoted(WEIGHTINGS)}")
+        raise ValueError(f"there is no weighting {weighting!r}.{hint} Known: {_quoted(table)}")
     names = cls.option_names()
     unknown = [name for name in options if name not in names]
     if unknown:
