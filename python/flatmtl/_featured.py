@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _record
+from ._clip import clip_factor
 from ._task import check_square
 
 if TYPE_CHECKING:
@@ -62,9 +63,22 @@ def _write(step: Step, at: FeatureGradients, weights: Tensor, factors: Tensor) -
         step.arithmetic.combine_(target, [step.point.row(r, above) for r in rows], None, above, weights, None)
         for i in above:
             step.update[i] = out[i]
+    _clip(step, [*trunk, *above])
     for row, state, factor in zip(rows, step.present, factors.tolist(), strict=True):
         for i in state.own:
             if i in at.trunk or (own := row[i]) is None:
                 continue
             own = own if factor == 1.0 else own * factor
             step.update[i] = out[i].copy_(own) if step.update[i] is None else out[i].add_(own)
+
+
+def _clip(step: Step, indices: list[int]) -> None:
+    """The combined gradient of the shared parameters to the norm max_norm at most."""
+    if step.settings.max_norm is None:
+        return
+    update = [step.point.saved[i] for i in indices]
+    square = step.arithmetic.sq_norm(update, indices) * step.loss_scale**-2.0
+    factor = clip_factor(square, step.settings.max_norm)
+    if factor != 1.0:
+        for tensor in update:
+            tensor.mul_(factor)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _aggregator_state, _featured, _ops, _record, _sharded, _validation, _weighting
 from ._buffers import Plan
+from ._clip import clipped
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
@@ -345,7 +346,7 @@ class Step:
         )  # fmt: skip
         if state is not None:
             self.new_states["aggregator"] = _aggregator_state.scatter(old, aggregator, combine, tasks, present, state)
-        if self.settings.max_norm is not None:
+        if self.settings.max_norm is not None and not self.featured:  # there the rows are not the parameters'
             families = not self.flat or combine == "decomposed"
             a, b = clipped(a, b, pair, direct, self.settings.max_norm, families=families)
         return a, b, status
@@ -405,25 +406,6 @@ class Step:
         for i, (t, out) in enumerate(zip(self.point.leaves, self.point.saved, strict=True)):
             if not hit or i in hit:
                 t.grad = _sharded.like(t, out.fill_(math.inf))
-
-
-def clipped(
-    a: Tensor, b: Tensor, pair: Tensor, direct: Tensor | None, max_norm: float, families: bool
-) -> tuple[Tensor, Tensor]:
-    """Weights of combined gradients of norm max_norm at most: of each family, or of the whole update."""
-    count = len(a)
-    if families:
-        parts = [(a, pair[:count, :count]), (b, pair[count:, count:])]
-        factors = [_clip_factor(float(w @ gramian @ w), max_norm) for w, gramian in parts]
-        return a * factors[0], b * factors[1]
-    both = torch.cat([a, b])
-    square = both @ pair @ both if direct is None else a @ direct @ a
-    factor = _clip_factor(float(square), max_norm)
-    return a * factor, b * factor
-
-
-def _clip_factor(square: float, max_norm: float) -> float:
-    return max_norm / math.sqrt(square) if square > max_norm**2 else 1.0
 
 
 def _transformed(pair: Tensor, p: Tensor, q: Tensor) -> Tensor:

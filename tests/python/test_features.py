@@ -293,6 +293,15 @@ def test_errors() -> None:
         )
 
 
+@pytest.mark.parametrize("options", [{"rho": 0.0}, {"flat": "sam", "combine": "direct"}])
+def test_max_norm_clips_the_trunk_not_the_features(options: dict[str, Any]) -> None:
+    model = two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), features=model.trunk, max_norm=0.01, **options)
+    optimizer.backward(closure_of(model, *batch()))
+    grads = torch.cat([p.grad.reshape(-1) for p in model.trunk.parameters() if p.grad is not None])
+    assert float(grads.norm()) == pytest.approx(0.01, rel=1e-12)
+
+
 def test_ntkmtl_sr() -> None:
     model, plain = two_heads(tasks=3), two_heads(tasks=3)
     aggregator = flatmtl.NTKMTL(exponent=0.75, splits=4)
