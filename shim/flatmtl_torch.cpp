@@ -42,9 +42,9 @@ int64_t square_size(const char *op, const char *name, const Tensor &tensor, int6
   return size / factor;
 }
 
-Tensor gramian(const Tensors &rows, int64_t num_tasks) {
+Tensor gramian(const Tensors &rows, int64_t num_tasks, int64_t accumulate) {
   const char *op = "gramian";
-  Context context(op, num_tasks);
+  Context context(op, num_tasks, accumulate);
   Segments segments(op);
   const Rows matrix(segments, "rows", rows, num_tasks);
   Tensor result = new_doubles({num_tasks, num_tasks});
@@ -53,9 +53,9 @@ Tensor gramian(const Tensors &rows, int64_t num_tasks) {
   return result;
 }
 
-Tensor gramian_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int64_t num_tasks) {
+Tensor gramian_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int64_t num_tasks, int64_t accumulate) {
   const char *op = "gramian_pair";
-  Context context(op, num_tasks);
+  Context context(op, num_tasks, accumulate);
   Segments segments(op);
   const Rows loss(segments, "loss_rows", loss_rows, num_tasks);
   const Rows perturbed(segments, "perturbed_rows", perturbed_rows, num_tasks);
@@ -296,8 +296,8 @@ Tensors combine_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, in
 
 // Methods are numbers, not strings: string arguments leak in torch 2.13 (upstream issue 191340).
 STABLE_TORCH_LIBRARY(flatmtl, m) {
-  m.def("gramian(Tensor[] rows, int num_tasks) -> Tensor");
-  m.def("gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks) -> Tensor");
+  m.def("gramian(Tensor[] rows, int num_tasks, int accumulate=0) -> Tensor");
+  m.def("gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, int accumulate=0) -> Tensor");
   m.def("sq_norms(Tensor[] rows, int num_tasks, Tensor[] params, float eta) -> Tensor");
   m.def("weights(Tensor gramian, int method, float[] options, Tensor(a!)? state=None) -> Tensor");
   m.def(

@@ -266,7 +266,9 @@ void Context::Free::operator()(void *memory) const {
   std::free(memory);
 }
 
-Context::Context(const char *op, int64_t num_tasks) : op_(op) {
+Context::Context(const char *op, int64_t num_tasks, int64_t accumulate) : op_(op) {
+  if (accumulate != FLATMTL_ACCUMULATE_AUTO && accumulate != FLATMTL_ACCUMULATE_F64)
+    fail(op, "accumulate is " + std::to_string(accumulate) + "; it must be 0 (auto) or 1 (f64)");
   flatmtl_error error{};
   size_t bytes = 0;
   flatmtl::check(op, flatmtl_workspace_size(task_count(op, num_tasks), &bytes, &error), error);
@@ -275,7 +277,7 @@ Context::Context(const char *op, int64_t num_tasks) : op_(op) {
     workspace_.reset(std::aligned_alloc(64, bytes));
     if (!workspace_) fail(op, "no memory for a workspace of " + std::to_string(bytes) + " bytes");
   }
-  context_ = {parallel_for, &parallel_failed_, workspace_.get(), bytes, FLATMTL_ACCUMULATE_AUTO};
+  context_ = {parallel_for, &parallel_failed_, workspace_.get(), bytes, static_cast<flatmtl_accumulate>(accumulate)};
 }
 
 flatmtl_status Context::check(flatmtl_status status, const flatmtl_error &error) const {

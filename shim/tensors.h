@@ -88,7 +88,7 @@ class Vector {
 // Threads of torch's pool and scratch memory for one call.
 class Context {
  public:
-  Context(const char *op, int64_t num_tasks);
+  Context(const char *op, int64_t num_tasks, int64_t accumulate = FLATMTL_ACCUMULATE_AUTO);
   Context(const Context &) = delete;
   Context &operator=(const Context &) = delete;
   const flatmtl_context *get() const { return &context_; }

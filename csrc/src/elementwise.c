@@ -6,7 +6,7 @@
 #include "kernels.h"
 #include "rows.h"
 
-enum { FM_GRAIN = 32 * 1024, FM_DIRECT_ROWS = 64 };
+enum { FM_GRAIN = 32 * 1024, FM_DIRECT_ROWS = 8 };
 
 typedef struct job {
   const fm_kernels *kernels;
@@ -15,6 +15,7 @@ typedef struct job {
   const double *weights, *flat_weights;
   const flatmtl_rows *saved, *gradient;
   const double *scale;
+  int64_t scale_stride; /* 0: one scale for all segments */
   int adaptive;
   double eta;
 } job;
@@ -71,28 +72,49 @@ static void combine_direct(const job *job, const fm_cursor *cursor, int64_t n) {
   }
 }
 
+/* Whether rows are combined in registers, all at once. */
+static int is_direct(const flatmtl_rows *rows) {
+  return rows->num_rows <= FM_DIRECT_ROWS && fm_dtype_size(rows->dtype) > 2;
+}
+
+/* Some rows at a time: the hardware follows only so many streams. The order of the sum is that of the rows all the
+ * same. */
 static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
-  if (job->rows->num_rows <= FM_DIRECT_ROWS && fm_dtype_size(job->rows->dtype) > 2) {
+  const int32_t rows = job->rows->num_rows;
+  const flatmtl_dtype dtype = job->rows->dtype;
+  const size_t size = fm_dtype_size(dtype);
+  if (is_direct(job->rows)) {
     combine_direct(job, cursor, n);
     return;
   }
   double sum[FM_BLOCK];
-  float g_wide[FM_BLOCK], s_wide[FM_BLOCK];
-  for (int32_t i = 0; i < job->rows->num_rows; i++) {
-    const void *g = widened(job, job->rows, i, cursor, n, g_wide);
-    const void *s = job->perturbed ? widened(job, job->perturbed, i, cursor, n, s_wide) : NULL;
-    const double a = job->weights[i], b = s ? job->flat_weights[i] : 0.0;
-    if (job->rows->dtype == FLATMTL_F64) {
-      job->kernels->add_f64(g, s, a, b, i == 0, n, sum);
+  float g_wide[FM_DIRECT_ROWS][FM_BLOCK], s_wide[FM_DIRECT_ROWS][FM_BLOCK];
+  const void *g[FM_DIRECT_ROWS], *s[FM_DIRECT_ROWS];
+  for (int32_t first = 0; first < rows; first += FM_DIRECT_ROWS) {
+    const int32_t k = rows - first < FM_DIRECT_ROWS ? rows - first : FM_DIRECT_ROWS;
+    const double *a = job->weights + first, *b = job->perturbed ? job->flat_weights + first : NULL;
+    for (int32_t i = 0; i < k; i++) {
+      const int f16 = dtype == FLATMTL_F16;
+      g[i] = f16 ? widened(job, job->rows, first + i, cursor, n, g_wide[i])
+                 : fm_row_at(job->rows, first + i, cursor, size);
+      if (b)
+        s[i] = f16 ? widened(job, job->perturbed, first + i, cursor, n, s_wide[i])
+                   : fm_row_at(job->perturbed, first + i, cursor, size);
+    }
+    if (dtype == FLATMTL_F64) {
+      job->kernels->sum_f64((const double *const *)g, b ? (const double *const *)s : NULL, a, b, k, first == 0, n, sum);
+    } else if (dtype == FLATMTL_BF16) {
+      job->kernels->sum_bf16((const uint16_t *const *)g, b ? (const uint16_t *const *)s : NULL, a, b, k, first == 0, n,
+                             sum);
     } else {
-      job->kernels->add_f32(g, s, a, b, i == 0, n, sum);
+      job->kernels->sum_f32((const float *const *)g, b ? (const float *const *)s : NULL, a, b, k, first == 0, n, sum);
     }
   }
   store(job, sum, cursor, n);
 }
 
 static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
-  const double scale = job->scale[cursor->segment];
+  const double scale = job->scale[cursor->segment * job->scale_stride];
   const size_t size = fm_dtype_size(job->saved->dtype);
   if (size > 2) {
     const void *from = fm_row_at(job->saved, 0, cursor, size), *along = fm_row_at(job->gradient, 0, cursor, size);
@@ -127,11 +149,13 @@ static void for_blocks(const job *job, int64_t begin, int64_t end, int64_t longe
 }
 
 static void combine_range(int64_t begin, int64_t end, void *context) {
-  for_blocks(context, begin, end, FM_BLOCK, combine_block);
+  const job *job = context;
+  for_blocks(job, begin, end, is_direct(job->rows) ? INT64_MAX : FM_BLOCK, combine_block);
 }
 
 static void perturb_range(int64_t begin, int64_t end, void *context) {
-  for_blocks(context, begin, end, FM_BLOCK, perturb_block);
+  const job *job = context;
+  for_blocks(job, begin, end, fm_dtype_size(job->saved->dtype) > 2 ? INT64_MAX : FM_BLOCK, perturb_block);
 }
 
 static void copy_block(const job *job, const fm_cursor *cursor, int64_t n) {
@@ -192,14 +216,14 @@ flatmtl_status flatmtl_combine_pair(const flatmtl_context *context, const flatmt
                  error);
 }
 
-flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vector *params, const flatmtl_rows *saved,
-                               const flatmtl_rows *gradient, const double *scale, int adaptive, double eta,
-                               flatmtl_error *error) {
+flatmtl_status fm_perturb(const flatmtl_context *context, const flatmtl_vector *params, const flatmtl_rows *saved,
+                          const flatmtl_rows *gradient, const double *scale, int64_t scale_stride, int adaptive,
+                          double eta, flatmtl_error *error) {
   flatmtl_status status = fm_check_vector(params, "params", error);
   if (status == FLATMTL_OK) status = fm_check_rows(saved, 1, "saved", error);
   if (status == FLATMTL_OK) status = fm_check_rows(gradient, 1, "gradient", error);
   if (status == FLATMTL_OK) status = fm_check_same_table(saved, gradient, "gradient", error);
-  if (status == FLATMTL_OK) status = fm_check_finite(scale, params->num_segments, "scale", error);
+  if (status == FLATMTL_OK) status = fm_check_finite(scale, scale_stride ? params->num_segments : 1, "scale", error);
   if (status == FLATMTL_OK) status = fm_check_context(context, 1, error);
   if (status != FLATMTL_OK) return status;
   if (adaptive && !(eta >= 0.0 && eta < INFINITY)) return fm_fail(error, FLATMTL_ERROR_OPTION, "eta", -1, -1, eta);
@@ -207,9 +231,21 @@ flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vec
   const fm_buffers inputs[] = {{"saved", saved, NULL, 1}, {"gradient", gradient, NULL, 1}};
   status = check_output(context, &target, "params", saved, inputs, 2, error);
   if (status != FLATMTL_OK) return status;
-  job job = {.out = &target, .saved = saved, .gradient = gradient, .scale = scale, .adaptive = adaptive, .eta = eta};
+  job job = {.out = &target,
+             .saved = saved,
+             .gradient = gradient,
+             .scale = scale,
+             .scale_stride = scale_stride,
+             .adaptive = adaptive,
+             .eta = eta};
   run(context, &job, perturb_range);
   return FLATMTL_OK;
+}
+
+flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vector *params, const flatmtl_rows *saved,
+                               const flatmtl_rows *gradient, const double *scale, int adaptive, double eta,
+                               flatmtl_error *error) {
+  return fm_perturb(context, params, saved, gradient, scale, 1, adaptive, eta, error);
 }
 
 flatmtl_status flatmtl_copy(const flatmtl_context *context, const flatmtl_vector *to, const flatmtl_rows *from,

@@ -5,9 +5,10 @@
  * threads, nor on the segments: the elements around a boundary between two of them are packed first.
  *
  * Two precisions: F64 throughout, with runs of FM_RUN elements; or, for many long rows, F32 within runs of FM_BLOCK
- * elements and F64 across them. A sum in F32 could overflow, or lose terms by underflow. What it gave is looked at, and
- * the Gramian computed again in F64 if that may have been so.
+ * elements and F64 across them. A sum in F32 could overflow, or lose terms by underflow, and its rounding errors could
+ * hide a rank deficiency. What it gave is looked at, and the Gramian computed again in F64 if one of these may be so.
  */
+#include <math.h>
 #include <stddef.h>
 #include <string.h>
 
@@ -26,6 +27,10 @@ enum {
 /* Squared norms below this are not left to F32: 2^32 terms lost to underflow, at most 2^-126 each, are then below 2^-30
  * of the result even where subnormal numbers are flushed. */
 static const double smallest_fast = 0x1p-64;
+
+/* Rows whose part that the rows before them do not span is smaller than this, squared and relative to the row, are not
+ * left to F32 either: its errors would be a visible share of that part, on which the solves depend. */
+static const double smallest_part = 1e-5;
 
 /* Row i of the lower triangle starts at fm_triangle(i); a row is filled up to a multiple of 4 columns. */
 static size_t triangle(int32_t i) {
@@ -215,9 +220,29 @@ static void scan_chunk(const fm_chunks *chunks, int64_t length, fm_cursor cursor
   }
 }
 
-/* Whether F32 did no harm: see smallest_fast. Sums that overflowed are Inf or NaN; rows that are zero are known
- * exactly.
- */
+/* Whether the rows are linearly independent by that measure; rows of zeros do not count. By Cholesky's factorization of
+ * the Gramian with its diagonal scaled to 1, in `factor` [n (n + 1) / 2]. */
+static int are_independent(const double *gramian, size_t n, double *factor) {
+  double *row = factor;
+  for (size_t i = 0; i < n; row += ++i) {
+    const double square = gramian[i * (n + 1)];
+    double rest = square > 0.0 ? 1.0 : 0.0;
+    const double *other = factor;
+    for (size_t j = 0; j < i; other += ++j) {
+      const double scale = sqrt(square) * sqrt(gramian[j * (n + 1)]);
+      double value = scale > 0.0 ? gramian[i * n + j] / scale : 0.0;
+      for (size_t l = 0; l < j; l++) value -= row[l] * other[l];
+      row[j] = other[j] > 0.0 ? value / other[j] : 0.0;
+      rest -= row[j] * row[j];
+    }
+    if (square > 0.0 && !(rest >= smallest_part)) return 0;
+    row[i] = square > 0.0 ? sqrt(rest) : 0.0;
+  }
+  return 1;
+}
+
+/* Whether F32 did no harm: see smallest_fast and smallest_part. Sums that overflowed are Inf or NaN; rows that are zero
+ * are known exactly. */
 static int is_sound(const flatmtl_context *context, job *job, const double *gramian) {
   const size_t n = (size_t)job->total;
   for (size_t i = 0; i < n; i++) {
@@ -232,7 +257,7 @@ static int is_sound(const flatmtl_context *context, job *job, const double *gram
     fm_chunks_run(context, &job->chunks, job->rows, 1, scan_chunk, &nonzero);
     if (nonzero != 0.0) return 0;
   }
-  return 1;
+  return are_independent(gramian, n, context->workspace);
 }
 
 /* Gramian of the virtual rows into the full matrix. */

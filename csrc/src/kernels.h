@@ -69,7 +69,15 @@ typedef struct fm_kernels {
   void (*combine_f64)(const double *const *g, const double *const *s, const double *a, const double *b, int32_t k,
                       int64_t n, double *out);
 
-  /* One term of combine: sum += a g, or a g + b (s - g) if s is not NULL; `sum =` if first. */
+  /* The terms of combine for some of its rows: sum += them, or `sum =` if first. */
+  void (*sum_f32)(const float *const *g, const float *const *s, const double *a, const double *b, int32_t k, int first,
+                  int64_t n, double *sum);
+  void (*sum_f64)(const double *const *g, const double *const *s, const double *a, const double *b, int32_t k,
+                  int first, int64_t n, double *sum);
+  void (*sum_bf16)(const uint16_t *const *g, const uint16_t *const *s, const double *a, const double *b, int32_t k,
+                   int first, int64_t n, double *sum);
+
+  /* One row of them. */
   void (*add_f32)(const float *g, const float *s, double a, double b, int first, int64_t n, double *sum);
   void (*add_f64)(const double *g, const double *s, double a, double b, int first, int64_t n, double *sum);
 

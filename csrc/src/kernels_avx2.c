@@ -15,6 +15,9 @@
 #define FM_FMA_F32(a, b, c) ((fm_vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define FM_WIDEN(v) _mm256_cvtps_pd((__m128)(v))
 #define FM_NARROW(v) _mm256_cvtpd_ps((__m256d)(v))
+#define FM_LOAD_BF16(p) \
+  _mm256_cvtps_pd(      \
+      _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p))), 16)))
 #include "kernels_body.h"
 #else
 const fm_kernels *const fm_kernels_avx2 = NULL;

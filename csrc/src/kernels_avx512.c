@@ -15,6 +15,9 @@
 #define FM_FMA_F32(a, b, c) ((fm_vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define FM_WIDEN(v) _mm512_cvtps_pd((__m256)(v))
 #define FM_NARROW(v) _mm512_cvtpd_ps((__m512d)(v))
+#define FM_LOAD_BF16(p)                \
+  _mm512_cvtps_pd(_mm256_castsi256_ps( \
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16)))
 #include "kernels_body.h"
 #else
 const fm_kernels *const fm_kernels_avx512 = NULL;

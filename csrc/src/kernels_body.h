@@ -20,6 +20,8 @@
 
 typedef double fm_vd __attribute__((vector_size(8 * FM_WIDTH)));
 typedef double fm_vd_any __attribute__((vector_size(8 * FM_WIDTH), aligned(8), may_alias));
+typedef uint64_t fm_vu __attribute__((vector_size(8 * FM_WIDTH)));
+typedef uint16_t fm_vs __attribute__((vector_size(2 * FM_WIDTH)));
 typedef int64_t fm_vi __attribute__((vector_size(8 * FM_WIDTH)));
 typedef float fm_vh_any __attribute__((vector_size(4 * FM_WIDTH), aligned(4), may_alias));
 typedef float fm_vf __attribute__((vector_size(4 * FM_WIDTH_F32)));
@@ -70,89 +72,24 @@ FM_INLINE fm_vf fma_f32(fm_vf a, fm_vf b, fm_vf c) {
 #include "kernels_pairs.h"
 
 /* One body for both precisions of the rows; all arithmetic but diff's in double. */
-#define FM_DEFINE_LOOPS(T, TYPE)                                                                                \
-  static void sq_scaled_##T(const TYPE *x, const TYPE *params, double eta, int64_t n, int first, int last,      \
-                            double *lanes, double *out) {                                                       \
-    fm_vd acc[FM_LANES / FM_WIDTH];                                                                             \
-    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) acc[v] =                                            \
-        first ? (fm_vd){0} : load_f64(lanes + v * FM_WIDTH);                                                    \
-    for (int64_t p = 0; p < n; p += FM_LANES) FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) {         \
-        fm_vd t = load_##T(params + p + v * FM_WIDTH);                                                          \
-        t = (fm_vd)((fm_vi)t & ~((fm_vi){0} + INT64_MIN)) + eta;                                                \
-        const fm_vd value = t * load_##T(x + p + v * FM_WIDTH);                                                 \
-        acc[v] += value * value;                                                                                \
-      }                                                                                                         \
-    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) store_f64(lanes + v * FM_WIDTH, acc[v]);            \
-    if (last) close_f64(lanes, out, 1);                                                                         \
-  }                                                                                                             \
-  static void add_##T(const TYPE *restrict g, const TYPE *restrict s, double a, double b, int first, int64_t n, \
-                      double *restrict sum) {                                                                   \
-    if (first) memset(sum, 0, (size_t)n * sizeof *sum);                                                         \
-    if (s)                                                                                                      \
-      for (int64_t p = 0; p < n; p++) sum[p] = (sum[p] + a * (double)g[p]) + b * ((double)s[p] - (double)g[p]); \
-    else                                                                                                        \
-      for (int64_t p = 0; p < n; p++) sum[p] += a * (double)g[p];                                               \
+#define FM_DEFINE_LOOPS(T, TYPE)                                                                           \
+  static void sq_scaled_##T(const TYPE *x, const TYPE *params, double eta, int64_t n, int first, int last, \
+                            double *lanes, double *out) {                                                  \
+    fm_vd acc[FM_LANES / FM_WIDTH];                                                                        \
+    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) acc[v] =                                       \
+        first ? (fm_vd){0} : load_f64(lanes + v * FM_WIDTH);                                               \
+    for (int64_t p = 0; p < n; p += FM_LANES) FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) {    \
+        fm_vd t = load_##T(params + p + v * FM_WIDTH);                                                     \
+        t = (fm_vd)((fm_vi)t & ~((fm_vi){0} + INT64_MIN)) + eta;                                           \
+        const fm_vd value = t * load_##T(x + p + v * FM_WIDTH);                                            \
+        acc[v] += value * value;                                                                           \
+      }                                                                                                    \
+    FM_UNROLL for (int v = 0; v < FM_LANES / FM_WIDTH; v++) store_f64(lanes + v * FM_WIDTH, acc[v]);       \
+    if (last) close_f64(lanes, out, 1);                                                                    \
   }
 
 FM_DEFINE_LOOPS(f32, float)
 FM_DEFINE_LOOPS(f64, double)
-
-#define FM_DEFINE_PERTURB(NAME, TYPE, OUT)                                                                            \
-  static void NAME(const TYPE *restrict saved, const TYPE *restrict gradient, double scale, int adaptive, double eta, \
-                   int64_t n, OUT *restrict out) {                                                                    \
-    if (adaptive)                                                                                                     \
-      for (int64_t p = 0; p < n; p++) {                                                                               \
-        const double t = fabs((double)saved[p]) + eta;                                                                \
-        out[p] = (OUT)((double)saved[p] + scale * (t * t) * (double)gradient[p]);                                     \
-      }                                                                                                               \
-    else                                                                                                              \
-      for (int64_t p = 0; p < n; p++) out[p] = (OUT)((double)saved[p] + scale * (double)gradient[p]);                 \
-  }
-
-FM_DEFINE_PERTURB(perturb_f32, float, float)
-FM_DEFINE_PERTURB(perturb_f64, double, double)
-FM_DEFINE_PERTURB(perturb_wide, float, double)
-
-/* VECTORS registers of elements at p, all rows one after another; FLAT is a constant: whether there is an s. */
-#define FM_COMBINE_AT(T, VECTORS, FLAT)                                                    \
-  do {                                                                                     \
-    fm_vd acc[VECTORS];                                                                    \
-    FM_UNROLL for (int v = 0; v < VECTORS; v++) acc[v] = (fm_vd){0};                       \
-    for (int32_t i = 0; i < k; i++) FM_UNROLL for (int v = 0; v < VECTORS; v++) {          \
-        const fm_vd x = load_##T(g[i] + p + v * FM_WIDTH);                                 \
-        acc[v] += a[i] * x;                                                                \
-        if (FLAT) acc[v] += b[i] * (load_##T(s[i] + p + v * FM_WIDTH) - x);                \
-      }                                                                                    \
-    FM_UNROLL for (int v = 0; v < VECTORS; v++) store_##T(out + p + v * FM_WIDTH, acc[v]); \
-  } while (0)
-
-#define FM_DEFINE_COMBINE_ONE(NAME, T, TYPE, FLAT)                                                                     \
-  static void NAME(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, int64_t n, \
-                   TYPE *restrict out) {                                                                               \
-    int64_t p = 0;                                                                                                     \
-    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_COMBINE_AT(T, 4, FLAT);                                        \
-    for (; p < n; p++) {                                                                                               \
-      double sum = 0.0;                                                                                                \
-      for (int32_t i = 0; i < k; i++) {                                                                                \
-        sum += a[i] * (double)g[i][p];                                                                                 \
-        if (FLAT) sum += b[i] * ((double)s[i][p] - (double)g[i][p]);                                                   \
-      }                                                                                                                \
-      out[p] = (TYPE)sum;                                                                                              \
-    }                                                                                                                  \
-    (void)s;                                                                                                           \
-    (void)b;                                                                                                           \
-  }
-
-#define FM_DEFINE_COMBINE(T, TYPE)                                                                                 \
-  FM_DEFINE_COMBINE_ONE(combine_loss_##T, T, TYPE, 0)                                                              \
-  FM_DEFINE_COMBINE_ONE(combine_pair_##T, T, TYPE, 1)                                                              \
-  static void combine_##T(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, \
-                          int64_t n, TYPE *out) {                                                                  \
-    (s ? combine_pair_##T : combine_loss_##T)(g, s, a, b, k, n, out);                                              \
-  }
-
-FM_DEFINE_COMBINE(f32, float)
-FM_DEFINE_COMBINE(f64, double)
 
 FM_INLINE float as_float(uint32_t bits) {
   float value;
@@ -176,6 +113,130 @@ FM_INLINE float from_f16(uint16_t x) {
   const uint32_t small = as_bits(as_float(body + (113u << 23)) - as_float(113u << 23)); /* subnormal: exact */
   return as_float(sign | (body < (1u << 23) ? small : normal));
 }
+
+#ifdef FM_LOAD_BF16
+FM_INLINE fm_vd load_bf16(const uint16_t *p) {
+  return (fm_vd)FM_LOAD_BF16(p);
+}
+#else
+FM_INLINE fm_vd load_bf16(const uint16_t *p) {
+  fm_vd v;
+  for (int l = 0; l < FM_WIDTH; l++) v[l] = (double)from_bf16(p[l]);
+  return v;
+}
+#endif
+
+FM_INLINE double wide_f32(float x) {
+  return (double)x;
+}
+FM_INLINE double wide_f64(double x) {
+  return x;
+}
+FM_INLINE double wide_bf16(uint16_t x) {
+  return (double)from_bf16(x);
+}
+
+FM_INLINE fm_vd absolute(fm_vd x) {
+  return (fm_vd)((fm_vi)x & ~((fm_vi){0} + INT64_MIN));
+}
+
+/* out = saved + scale t^2 gradient; S is how out is stored. */
+#define FM_DEFINE_PERTURB(NAME, T, TYPE, S, OUT)                                                                      \
+  static void NAME(const TYPE *restrict saved, const TYPE *restrict gradient, double scale, int adaptive, double eta, \
+                   int64_t n, OUT *restrict out) {                                                                    \
+    int64_t p = 0;                                                                                                    \
+    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_UNROLL for (int v = 0; v < 4 * FM_WIDTH; v += FM_WIDTH) {     \
+        const fm_vd x = load_##T(saved + p + v), g = load_##T(gradient + p + v);                                      \
+        if (adaptive) {                                                                                               \
+          const fm_vd t = absolute(x) + eta;                                                                          \
+          store_##S(out + p + v, x + scale * (t * t) * g);                                                            \
+        } else {                                                                                                      \
+          store_##S(out + p + v, x + scale * g);                                                                      \
+        }                                                                                                             \
+      }                                                                                                               \
+    for (; p < n; p++) {                                                                                              \
+      const double x = wide_##T(saved[p]), g = wide_##T(gradient[p]), t = fabs(x) + eta;                              \
+      out[p] = (OUT)(adaptive ? x + scale * (t * t) * g : x + scale * g);                                             \
+    }                                                                                                                 \
+  }
+
+FM_DEFINE_PERTURB(perturb_f32, f32, float, f32, float)
+FM_DEFINE_PERTURB(perturb_f64, f64, double, f64, double)
+FM_DEFINE_PERTURB(perturb_wide, f32, float, f64, double)
+
+/* How far ahead combinations ask for their rows, in bytes. */
+enum { FM_COMBINE_AHEAD = 512 };
+
+/* VECTORS registers of elements at p, all rows one after another. FLAT and SUMS are constants: whether there is an s,
+ * and whether out holds what was summed before. */
+#define FM_COMBINE_AT(T, S, VECTORS, FLAT, SUMS)                                                                 \
+  do {                                                                                                           \
+    fm_vd acc[VECTORS];                                                                                          \
+    FM_UNROLL for (int v = 0; v < VECTORS; v++) acc[v] =                                                         \
+        SUMS && !first ? load_f64((const double *)(const void *)(out + p) + v * FM_WIDTH) : (fm_vd){0};          \
+    for (int32_t i = 0; i < k; i++) {                                                                            \
+      for (size_t at = 0; at < VECTORS * FM_WIDTH * sizeof **g; at += 64) {                                      \
+        __builtin_prefetch((const char *)(g[i] + p) + (SUMS ? FM_BLOCK * sizeof **g : FM_COMBINE_AHEAD) + at);   \
+        if (FLAT)                                                                                                \
+          __builtin_prefetch((const char *)(s[i] + p) + (SUMS ? FM_BLOCK * sizeof **g : FM_COMBINE_AHEAD) + at); \
+      }                                                                                                          \
+      FM_UNROLL for (int v = 0; v < VECTORS; v++) {                                                              \
+        const fm_vd x = load_##T(g[i] + p + v * FM_WIDTH);                                                       \
+        acc[v] += a[i] * x;                                                                                      \
+        if (FLAT) acc[v] += b[i] * (load_##T(s[i] + p + v * FM_WIDTH) - x);                                      \
+      }                                                                                                          \
+    }                                                                                                            \
+    FM_UNROLL for (int v = 0; v < VECTORS; v++) store_##S(out + p + v * FM_WIDTH, acc[v]);                       \
+  } while (0)
+
+#define FM_DEFINE_COMBINE_ONE(NAME, T, TYPE, S, OUT, FLAT, SUMS)                                                       \
+  static void NAME(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, int first, \
+                   int64_t n, OUT *restrict out) {                                                                     \
+    int64_t p = 0;                                                                                                     \
+    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_COMBINE_AT(T, S, 4, FLAT, SUMS);                               \
+    for (; p < n; p++) {                                                                                               \
+      double sum = SUMS && !first ? (double)out[p] : 0.0;                                                              \
+      for (int32_t i = 0; i < k; i++) {                                                                                \
+        const double x = wide_##T(g[i][p]);                                                                            \
+        sum += a[i] * x;                                                                                               \
+        if (FLAT) sum += b[i] * (wide_##T(s[i][p]) - x);                                                               \
+      }                                                                                                                \
+      out[p] = (OUT)sum;                                                                                               \
+    }                                                                                                                  \
+    (void)s;                                                                                                           \
+    (void)b;                                                                                                           \
+    (void)first;                                                                                                       \
+  }
+
+#define FM_DEFINE_COMBINE(T, TYPE)                                                                                 \
+  FM_DEFINE_COMBINE_ONE(combine_loss_##T, T, TYPE, T, TYPE, 0, 0)                                                  \
+  FM_DEFINE_COMBINE_ONE(combine_pair_##T, T, TYPE, T, TYPE, 1, 0)                                                  \
+  static void combine_##T(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, \
+                          int64_t n, TYPE *out) {                                                                  \
+    (s ? combine_pair_##T : combine_loss_##T)(g, s, a, b, k, 1, n, out);                                           \
+  }
+
+#define FM_DEFINE_SUM(T, TYPE)                                                                                 \
+  FM_DEFINE_COMBINE_ONE(sum_loss_##T, T, TYPE, f64, double, 0, 1)                                              \
+  FM_DEFINE_COMBINE_ONE(sum_pair_##T, T, TYPE, f64, double, 1, 1)                                              \
+  static void sum_##T(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, \
+                      int first, int64_t n, double *sum) {                                                     \
+    (s ? sum_pair_##T : sum_loss_##T)(g, s, a, b, k, first, n, sum);                                           \
+  }
+
+FM_DEFINE_COMBINE(f32, float)
+FM_DEFINE_COMBINE(f64, double)
+FM_DEFINE_SUM(f32, float)
+FM_DEFINE_SUM(f64, double)
+FM_DEFINE_SUM(bf16, uint16_t)
+
+#define FM_DEFINE_ADD(T, TYPE)                                                                               \
+  static void add_##T(const TYPE *g, const TYPE *s, double a, double b, int first, int64_t n, double *sum) { \
+    sum_##T(&g, s ? &s : NULL, &a, &b, 1, first, n, sum);                                                    \
+  }
+
+FM_DEFINE_ADD(f32, float)
+FM_DEFINE_ADD(f64, double)
 
 static void widen_bf16(const uint16_t *restrict x, int64_t n, float *restrict out) {
   for (int64_t p = 0; p < n; p++) out[p] = from_bf16(x[p]);
@@ -215,13 +276,29 @@ FM_INLINE uint32_t round_to_odd(double x) {
   return bits + (inexact ? (fabs(back) < fabs(x) ? 1u : 0xffffffffu) : 0u);
 }
 
+/* From the bits of the F64: 45 of them go. Numbers below 2^-126 are rounded by an addition to multiples of 2^-133. */
+FM_INLINE void round_bf16_at(const double *x, uint16_t *out) {
+  const fm_vd value = load_f64(x), size = absolute(value);
+  const fm_vu bits = (fm_vu)size, sign = ((fm_vu)value >> 48) & 0x8000u;
+  const fm_vi normal = (fm_vi)((bits + ((UINT64_C(1) << 44) - 1) + ((bits >> 45) & 1)) >> 45) - ((1023 - 127) << 7);
+  const fm_vi small = (fm_vi)(size + 0x1p-81) - (fm_vi)((fm_vd){0} + 0x1p-81);
+  const fm_vi is_small = (fm_vi)(size < 0x1p-126), is_large = (fm_vi)(normal > 0x7f80),
+              is_nan = (fm_vi)(value != value);
+  fm_vi half = (small & is_small) | (normal & ~is_small);
+  half = (0x7f80 & is_large) | (half & ~is_large);
+  half = (0x7fc0 & is_nan) | (half & ~is_nan) | (fm_vi)sign;
+  const fm_vs narrow = __builtin_convertvector((fm_vu)half, fm_vs);
+  memcpy(out, &narrow, sizeof narrow);
+}
+
 static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict out) {
-  for (int64_t p = 0; p < n; p++) {
-    const uint32_t bits = round_to_odd(x[p]);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t nan = ((as_bits((float)x[p]) >> 16) & 0x8000u) | 0x7fc0u;
-    out[p] = (uint16_t)(x[p] != x[p] ? nan : rounded);
-  }
+  int64_t p = 0;
+  for (; p + FM_WIDTH <= n; p += FM_WIDTH) round_bf16_at(x + p, out + p);
+  double rest[FM_WIDTH] = {0};
+  uint16_t rounded[FM_WIDTH];
+  memcpy(rest, x + p, (size_t)(n - p) * sizeof *x);
+  round_bf16_at(rest, rounded);
+  memcpy(out + p, rounded, (size_t)(n - p) * sizeof *out);
 }
 
 static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict out) {
@@ -237,10 +314,10 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
 
 #include "kernels_buffers.h"
 
-static const fm_kernels table = {FM_ISA,     gram_f32,    gram_f64,    gram_fast,    sq_scaled_f32, sq_scaled_f64,
-                                 diff_f32,   diff_f64,    diff_bf16,   diff_f16,     widen_bf16,    widen_f16,
-                                 round_f32,  round_bf16,  round_f16,   combine_f32,  combine_f64,   add_f32,
-                                 add_f64,    perturb_f32, perturb_f64, perturb_wide, ema_f32,       ema_f64,
-                                 excess_f32, excess_f64,  dot,         drop_sums,    drop_signs,    drop_add};
+static const fm_kernels table = {
+    FM_ISA,     gram_f32,   gram_f64,  gram_fast, sq_scaled_f32, sq_scaled_f64, diff_f32,     diff_f64,    diff_bf16,
+    diff_f16,   widen_bf16, widen_f16, round_f32, round_bf16,    round_f16,     combine_f32,  combine_f64, sum_f32,
+    sum_f64,    sum_bf16,   add_f32,   add_f64,   perturb_f32,   perturb_f64,   perturb_wide, ema_f32,     ema_f64,
+    excess_f32, excess_f64, dot,       drop_sums, drop_signs,    drop_add};
 
 const fm_kernels *const FM_TABLE = &table;

@@ -25,17 +25,16 @@ static const void *fetch(const job *job, const flatmtl_rows *rows, int32_t row, 
   return room;
 }
 
-static void add_block(const job *job, int32_t row, fm_cursor cursor, int64_t n, int first, int last, double *lanes,
-                      double *out) {
-  const fm_ahead none = {.count = 0, .size = 0}; /* one row after another: the hardware foresees that */
-  double x_room[FM_BLOCK], p_room[FM_BLOCK];
+static void add_run(const job *job, int32_t row, fm_cursor cursor, int64_t n, double *lanes, double *out) {
+  double x_room[FM_RUN], p_room[FM_RUN];
   const int wide = job->rows->dtype == FLATMTL_F64, half = fm_dtype_size(job->rows->dtype) == 2;
   for (int64_t done = 0; done < n;) {
     int direct = 0;
     const int64_t length = half ? n : fm_piece(cursor, n - done, &direct);
     const int64_t padded = (length + FM_LANES - 1) / FM_LANES * FM_LANES;
-    const int starts = first && done == 0, ends = last && done + length == n;
+    const int starts = done == 0, ends = done + length == n;
     const void *x = fetch(job, job->rows, row, &cursor, length, direct, x_room);
+    const fm_ahead ahead = {{(const char *)x + FM_RUN}, 1, wide ? 8 : 4};
     const void *p = job->params ? fetch(job, job->params, 0, &cursor, length, direct, p_room) : NULL;
     if (p) {
       if (wide) {
@@ -45,10 +44,10 @@ static void add_block(const job *job, int32_t row, fm_cursor cursor, int64_t n, 
       }
     } else if (wide) {
       const double *one = x;
-      job->kernels->gram_f64(&one, 1, NULL, 0, padded, starts, ends, lanes, &out, &none);
+      job->kernels->gram_f64(&one, 1, NULL, 0, padded, starts, ends, lanes, &out, &ahead);
     } else {
       const float *one = x;
-      job->kernels->gram_f32(&one, 1, NULL, 0, padded, starts, ends, lanes, &out, &none);
+      job->kernels->gram_f32(&one, 1, NULL, 0, padded, starts, ends, lanes, &out, &ahead);
     }
     fm_cursor_advance(&cursor, length);
     done += length;
@@ -61,9 +60,9 @@ static void norm_chunk(const fm_chunks *chunks, int64_t length, fm_cursor start,
   for (int32_t row = 0; row < job->rows->num_rows; row++) {
     fm_cursor cursor = start;
     double sum[4] = {0.0, 0.0, 0.0, 0.0}; /* the kernels write 4 columns */
-    for (int64_t at = 0; at < length; at += FM_BLOCK) {
-      const int64_t n = length - at < FM_BLOCK ? length - at : FM_BLOCK;
-      add_block(job, row, cursor, n, at % FM_RUN == 0, at % FM_RUN + n == FM_RUN || at + n == length, lanes, sum);
+    for (int64_t at = 0; at < length; at += FM_RUN) {
+      const int64_t n = length - at < FM_RUN ? length - at : FM_RUN;
+      add_run(job, row, cursor, n, lanes, sum);
       fm_cursor_advance(&cursor, n);
     }
     out[row] = sum[0];

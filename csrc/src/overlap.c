@@ -53,7 +53,9 @@ static flatmtl_status overlap_at(const walk *w, flatmtl_error *error) {
 
 /* Shell sort: in place, no recursion, and fast where the order is nearly right, as allocators leave it. */
 static void sort(span *spans, int64_t n) {
-  int64_t gap = 1;
+  int64_t gap = 1, sorted = 1;
+  while (sorted < n && spans[sorted - 1].begin <= spans[sorted].begin) sorted++;
+  if (sorted >= n) return;
   while (gap < n / 9) gap = 3 * gap + 1;
   for (; gap > 0; gap /= 3)
     for (int64_t i = gap; i < n; i++) {
@@ -64,14 +66,21 @@ static void sort(span *spans, int64_t n) {
     }
 }
 
-/* Among disjoint sorted spans. */
-static int hits(const span *spans, int64_t n, span query) {
+/* Among disjoint sorted spans. `near` is where the last query was answered: the next one usually belongs there, or one
+ * further, as most vectors lie in memory in the same order. */
+static int hits(const span *spans, int64_t n, span query, int64_t *near) {
+  for (int64_t at = *near; at < n && at < *near + 2; at++)
+    if ((at == 0 || spans[at].begin < query.end) && (at + 1 == n || spans[at + 1].begin >= query.end)) {
+      *near = at;
+      return spans[at].begin < query.end && query.begin < spans[at].end;
+    }
   const span *base = spans;
   while (n > 1) {
     const int64_t half = n / 2;
     base = base[half].begin < query.end ? base + half : base;
     n -= half;
   }
+  *near = base - spans;
   return base->begin < query.end && query.begin < base->end;
 }
 
@@ -99,10 +108,11 @@ flatmtl_status fm_check_overlap(const fm_buffers *outputs, int num_outputs, cons
         return overlap_at(&w, error);
       }
     span other;
+    int64_t near = 0;
     for (walk rest = first; walk_next(&rest, &other);)
-      if (hits(batch, n, other)) return overlap_at(&rest, error);
+      if (hits(batch, n, other, &near)) return overlap_at(&rest, error);
     for (walk in = walk_start(inputs, num_inputs); walk_next(&in, &other);)
-      if (hits(batch, n, other)) return overlap_at(&in, error);
+      if (hits(batch, n, other, &near)) return overlap_at(&in, error);
   }
 }
 

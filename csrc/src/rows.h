@@ -92,6 +92,11 @@ static inline const char *fm_row_at(const flatmtl_rows *rows, int64_t row, const
   return (const char *)rows->data[row * rows->num_segments + cursor->segment] + (size_t)cursor->offset * size;
 }
 
+/* flatmtl_perturb with scale[segment * scale_stride]. */
+flatmtl_status fm_perturb(const flatmtl_context *context, const flatmtl_vector *params, const flatmtl_rows *saved,
+                          const flatmtl_rows *gradient, const double *scale, int64_t scale_stride, int adaptive,
+                          double eta, flatmtl_error *error);
+
 /* ------------------------------------------------------------------------------------------------------------------
  * Threads
  */

@@ -198,22 +198,10 @@ flatmtl_status flatmtl_step_begin(flatmtl_step *step, const flatmtl_context *con
 static flatmtl_status move(const flatmtl_step *step, const flatmtl_context *context, const flatmtl_vector *params,
                            const flatmtl_vector *saved, const flatmtl_rows *gradients, int32_t row, double scale,
                            flatmtl_error *error) {
-  enum { AT_ONCE = 64 };
-  double scales[AT_ONCE];
-  for (int i = 0; i < AT_ONCE; i++) scales[i] = scale;
-  const int64_t total = params->num_segments;
-  for (int64_t first = 0; first < total; first += AT_ONCE) {
-    const int64_t count = total - first < AT_ONCE ? total - first : AT_ONCE;
-    const flatmtl_vector out = {params->dtype, count, params->lengths + first, params->data + first};
-    const flatmtl_rows from = {saved->dtype, 1, count, saved->lengths + first,
-                               (const void *const *)saved->data + first};
-    const flatmtl_rows gradient = {gradients->dtype, 1, count, gradients->lengths + first,
-                                   gradients->data + row * total + first};
-    const flatmtl_status status =
-        flatmtl_perturb(context, &out, &from, &gradient, scales, step->settings->adaptive, step->settings->eta, error);
-    if (status != FLATMTL_OK) return status;
-  }
-  return FLATMTL_OK;
+  const flatmtl_rows from = fm_as_rows(saved);
+  const flatmtl_rows gradient = {gradients->dtype, 1, gradients->num_segments, gradients->lengths,
+                                 gradients->data ? gradients->data + row * gradients->num_segments : NULL};
+  return fm_perturb(context, params, &from, &gradient, &scale, 0, step->settings->adaptive, step->settings->eta, error);
 }
 
 flatmtl_status flatmtl_step_perturb(flatmtl_step *step, const flatmtl_context *context, int32_t task,

@@ -23,6 +23,7 @@ Rows = Sequence[Row]
 class Arithmetic:
     def __init__(self, groups: Sequence[_backend.Group], sync: Alone | None = None) -> None:
         self.groups, self.sync = list(groups), sync or Alone()
+        self.accumulate = 0  # how Gramians are summed: `_ops.ACCUMULATE`
 
     def copy_(self, to: Sequence[Tensor], source: Sequence[Tensor], indices: Sequence[int] | None = None) -> None:
         """to[i] = source[i] for the indices, or for all; both lists have one tensor a parameter."""
@@ -64,7 +65,7 @@ class Arithmetic:
         for group in self.groups:
             at = group.positions(indices)
             if at:
-                part = group.backend.gramian(_at(rows, at))
+                part = group.backend.gramian(_at(rows, at), self.accumulate)
                 if group.shards is None:
                     total += part
                 else:
@@ -77,7 +78,7 @@ class Arithmetic:
         for group in self.groups:
             at = group.positions(indices)
             if at:
-                part = group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at))
+                part = group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at), self.accumulate)
                 if group.shards is None:
                     total += part
                 else:

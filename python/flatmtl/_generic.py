@@ -23,8 +23,8 @@ PIECE = 1 << 20
 
 
 @torch.no_grad()
-def gramian(rows: Rows) -> Tensor:
-    """G_ij = <x_i, x_j>, (K, K). Inf and NaN in the rows show in the result."""
+def gramian(rows: Rows, accumulate: int = 0) -> Tensor:
+    """G_ij = <x_i, x_j>, (K, K). Inf and NaN in the rows show in the result. In float64 whatever accumulate says."""
     total = None
     for pieces in _pieces(rows):
         matrix = torch.stack([_wide(piece).reshape(-1) for piece in pieces])
@@ -33,7 +33,7 @@ def gramian(rows: Rows) -> Tensor:
 
 
 @torch.no_grad()
-def gramian_pair(loss_rows: Rows, perturbed_rows: Rows) -> Tensor:
+def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0) -> Tensor:
     """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K)."""
     count, total = len(loss_rows), None
     for pieces in _pieces([*loss_rows, *perturbed_rows]):

@@ -23,18 +23,18 @@ ops = torch.ops.flatmtl
 
 
 @torch.no_grad()
-def gramian(rows: Rows) -> Tensor:
-    """G_ij = <x_i, x_j>, (K, K). Inf and NaN in the rows show in the result."""
-    return _read([*rows], lambda rows: ops.gramian(_flat(rows), len(rows)))
+def gramian(rows: Rows, accumulate: int = 0) -> Tensor:
+    """G_ij = <x_i, x_j>, (K, K). Inf and NaN in the rows show in the result. accumulate: `_ops.ACCUMULATE`."""
+    return _read([*rows], lambda rows: ops.gramian(_flat(rows), len(rows), accumulate))
 
 
 @torch.no_grad()
-def gramian_pair(loss_rows: Rows, perturbed_rows: Rows) -> Tensor:
+def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0) -> Tensor:
     """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K)."""
     count = len(loss_rows)
     return _read(
         [*loss_rows, *perturbed_rows],
-        lambda rows: ops.gramian_pair(_flat(rows[:count]), _flat(rows[count:]), count),
+        lambda rows: ops.gramian_pair(_flat(rows[:count]), _flat(rows[count:]), count, accumulate),
     )
 
 

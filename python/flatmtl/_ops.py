@@ -84,6 +84,7 @@ METHODS = _numbers(core.flatmtl_method_name)
 WEIGHTINGS = _numbers(core.flatmtl_weighting_name)
 BUFFER_METHODS = _numbers(core.flatmtl_buffer_method_name)
 COMBINE = {"decomposed": 0, "direct": 1, "second": 2, "each": 3}
+ACCUMULATE = {"auto": 0, "f64": 1}
 FAMILY_SCALE = {None: 0, "none": 0, "rms": 1}
 PARETO_STATIONARY = 1
 
@@ -131,12 +132,12 @@ def _first(*lists: Sequence[Tensor]) -> Tensor | None:
 
 
 @fake("flatmtl::gramian")
-def _(rows: list[Tensor], num_tasks: int) -> Tensor:
+def _(rows: list[Tensor], num_tasks: int, accumulate: int = 0) -> Tensor:
     return _doubles(_first(rows), num_tasks, num_tasks)
 
 
 @fake("flatmtl::gramian_pair")
-def _(loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int) -> Tensor:
+def _(loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, accumulate: int = 0) -> Tensor:
     return _doubles(_first(loss_rows), 2 * num_tasks, 2 * num_tasks)
 
 

@@ -52,6 +52,7 @@ class Settings:
     m_sharpness: bool
     replay_rng: bool
     seed: int
+    accumulate: str = "auto"
 
 
 class Step:
@@ -84,6 +85,7 @@ class Step:
             raise ValueError("features= works in one process: the ranks' features are not the same (sync=)")
         if self.featured and self.flat and not settings.flat.works_at_features(settings.combine):
             raise ValueError(f"features= with flatness mode {settings.flat.name!r} needs rho = 0 in every param group")
+        self.point.arithmetic.accumulate = _ops.ACCUMULATE[settings.accumulate]
         self.tensors = self.point.tensors
         self.arithmetic = self.point.arithmetic
         self.old_grads = [t.grad for t in self.point.leaves]

@@ -98,6 +98,7 @@ class FlatMTL(Optimizer):
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
             None for every parameter, and ``last["skipped"]`` is True.
         seed: seed of the methods that draw (PCGrad's order); with the number of the step it fixes the draws.
+        accumulate: how the Gramians are summed, as for :func:`flatmtl.gramian`: ``"auto"`` or ``"f64"``.
         sync: how the ranks of a data-parallel training work together (docs/distributed.md). ``"exact"``: every rank
             perturbs with the mean gradient of all, as one process with the whole batch would; ``"local"``: each along
             its own gradient, and both families are averaged (m-sharpness). ``"auto"`` is "exact" where the model is
@@ -133,6 +134,7 @@ class FlatMTL(Optimizer):
         replay_rng: bool = True,
         nonfinite: str = "raise",
         seed: int = 0,
+        accumulate: str = "auto",
         sync: str | None = "auto",
         process_group: Any = None,
     ) -> None:
@@ -157,6 +159,7 @@ class FlatMTL(Optimizer):
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0.0 < max_norm < math.inf):
             raise ValueError(f"Invalid max_norm: {max_norm} (expected None or a finite number > 0)")
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        _check_choice("accumulate", accumulate, _ops.ACCUMULATE)
         _check_choice("sync", sync, ("auto", "exact", "local", None))
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
@@ -176,7 +179,7 @@ class FlatMTL(Optimizer):
         self.settings = Settings(
             aggregator, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
             max_norm, self._read_features(features, mode, combine, rho, aggregator), bool(batched), bool(m_sharpness),
-            bool(replay_rng), seed,
+            bool(replay_rng), seed, accumulate,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group

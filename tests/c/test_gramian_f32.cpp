@@ -71,6 +71,10 @@ TEST_CASE("The worst rows stay within the stated bound") {
     rows.set(4, p, p % 2 ? -1.0 : 1.0 + 0x1p-20);
     rows.set(5, p, 1.7);
   }
+  std::mt19937_64 random(10);  // signs do not change the squares, but make the rows independent
+  for (int32_t i = 0; i < k; i++)
+    for (int64_t p = 0; p < LONG; p++)
+      if (random() % 2) rows.set(i, p, -rows.get(i, p));
   const auto fast = gramian(rows), slow = gramian(rows, 1, FLATMTL_ACCUMULATE_F64);
   REQUIRE(distance(fast, slow, k) <= 3e-6);
   REQUIRE(distance(fast, slow, k) > 1e-8);
@@ -197,18 +201,28 @@ TEST_CASE("Inf and NaN in long rows are reported, and other rows keep their valu
     }
 }
 
-TEST_CASE("Equal and opposite rows have equal and opposite products, bit for bit") {
-  Rows rows(FLATMTL_F32, 9, {LONG});
+TEST_CASE("Nearly dependent rows are summed in F64, which keeps the Gramian positive semidefinite") {
+  const int32_t k = 9;
+  Rows rows(FLATMTL_F32, k, {LONG});
   rows.fill(8);
-  for (int64_t p = 0; p < LONG; p++) {
-    rows.set(7, p, rows.get(1, p));
-    rows.set(8, p, -rows.get(1, p));
+  const auto f64 = [&] { return gramian(rows, 1, FLATMTL_ACCUMULATE_F64); };
+  SECTION("equal and opposite rows") {
+    for (int64_t p = 0; p < LONG; p++) {
+      rows.set(7, p, rows.get(1, p));
+      rows.set(8, p, -rows.get(1, p));
+    }
+    REQUIRE(gramian(rows) == f64());
   }
-  const auto g = gramian(rows);
-  REQUIRE(g[7 * 9 + 7] == g[1 * 9 + 1]);
-  REQUIRE(g[7 * 9 + 1] == g[1 * 9 + 1]);
-  REQUIRE(g[8 * 9 + 1] == -g[1 * 9 + 1]);
-  for (int32_t j = 0; j < 7; j++) REQUIRE(g[8 * 9 + j] == -g[7 * 9 + j]);
+  SECTION("a sum of other rows, and a little") {
+    for (int64_t p = 0; p < LONG; p++) rows.set(8, p, rows.get(1, p) - 2.0 * rows.get(5, p) + 1e-3 * rows.get(8, p));
+    REQUIRE(gramian(rows) == f64());
+  }
+  SECTION("but not rows at small angles") {
+    for (int64_t p = 0; p < LONG; p++) rows.set(8, p, rows.get(1, p) + 1e-2 * rows.get(8, p));
+    const auto g = gramian(rows);
+    REQUIRE(g != f64());
+    REQUIRE(distance(g, f64(), k) <= 1e-8);
+  }
 }
 
 TEST_CASE("accumulate must be known") {

@@ -319,7 +319,7 @@ TEST_CASE("The workspace is enough for fewer tasks too, and nothing is written p
 TEST_CASE("More rows than are combined at once have the same sum") {
   for (auto dtype : {FLATMTL_F32, FLATMTL_F64})
     for (bool flat : {false, true}) {
-      const int32_t k = 65;
+      const int32_t k = 9;
       Rows g(dtype, k, {3, 700}), s(dtype, k, {3, 700}), few(dtype, 1, {3, 700}), many(dtype, 1, {3, 700});
       g.fill(1);
       s.fill(2);

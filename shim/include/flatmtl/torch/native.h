@@ -84,7 +84,7 @@ class Context {
     if (!workspace_)
       throw std::runtime_error(std::string("flatmtl::") + name + ": no memory for a workspace of " +
                                std::to_string(bytes) + " bytes");
-    context_ = {parallel_for, &failed_, workspace_.get(), bytes};
+    context_ = {parallel_for, &failed_, workspace_.get(), bytes, FLATMTL_ACCUMULATE_AUTO};
   }
   Context(const Context &) = delete;
   Context &operator=(const Context &) = delete;
