@@ -68,6 +68,29 @@ TEST_CASE("Training goes on where it was saved, bit for bit", "[state]") {
   CHECK(same_bits(second.all(), whole.all()));
 }
 
+TEST_CASE("What the aggregator keeps is saved", "[state]") {
+  const auto options = [] {
+    return flatmtl::FlatMTLOptions().aggregator(flatmtl::Aggregator::gradvac(0.5)).combine("second");
+  };
+  Run whole(options()), second(options()), forgetful(options());
+  whole.train(0, 3);
+  const std::string bytes = saved(whole.optimizer);
+  for (Run *run : {&second, &forgetful}) {
+    torch::NoGradGuard no_grad;
+    for (size_t i = 0; i < 8; ++i) run->model->parameters()[i].copy_(whole.model->parameters()[i]);
+    for (size_t i = 0; i < 3; ++i) run->model->buffers()[i].copy_(whole.model->buffers()[i]);
+  }
+  load(second.optimizer, bytes);
+  load(forgetful.optimizer, saved(whole.sgd));
+  for (Run *run : {&whole, &second, &forgetful}) run->train(3, 5);
+  CHECK(same_bits(second.model->parameters(), whole.model->parameters()));
+  CHECK_FALSE(same_bits(forgetful.model->trunk->weight, whole.model->trunk->weight));
+
+  Run other;
+  CHECK(message<std::runtime_error>([&] { load(other.optimizer, bytes); }) ==
+        "state_dict holds the state of aggregator 'gradvac', but the optimizer has 'cagrad'");
+}
+
 TEST_CASE("Radii and roles are saved", "[state]") {
   Run run;
   run.train(0, 1);

@@ -56,7 +56,9 @@ struct Trajectory {
 
   flatmtl::FlatMTLOptions options() const {
     flatmtl::FlatMTLOptions result;
-    result.aggregator(flatmtl::Aggregator(get<std::string>("aggregator"), doubles(in.at("values"))))
+    const auto name = get<std::string>("aggregator");
+    const auto values = doubles(in.at("values"));
+    result.aggregator(name == "gradvac" ? flatmtl::Aggregator::gradvac(values[0]) : flatmtl::Aggregator(name, values))
         .rho({get<double>("rho_shared"), get<double>("rho_task")})
         .adaptive(get<bool>("adaptive"))
         .eta(get<double>("eta"))

@@ -42,6 +42,15 @@ RUNS: dict[str, dict[str, Any]] = {
     "fixed": {"aggregator": "fixed", "values": [0.5, 2.0, 1.0], "absent": True},
     "imtl_g, one closure a task": {"aggregator": "imtl_g", "form": "closures", "batch_norm": True, "dropout": 0.2},
     "closure with a task": {"form": "task", "batch_norm": True, "absent": True},
+    "gradvac": {"aggregator": "gradvac", "values": [0.5], "seed": 3, "absent": True},
+    "gradvac, second": {"aggregator": "gradvac", "values": [0.5], "combine": "second", "absent": True},
+    "gradvac, each": {"aggregator": "gradvac", "values": [0.5], "combine": "each", "absent": True},
+    "gradvac, plain": {"aggregator": "gradvac", "values": [0.5], "rho_shared": 0.0, "rho_task": 0.0},
+    "aligned_mtl": {"aggregator": "aligned_mtl"},
+    "upgrad": {"aggregator": "upgrad", "values": [0.2, 0.5, 0.3], "absent": True},
+    "dualproj": {"aggregator": "dualproj"},
+    "config": {"aggregator": "config"},
+    "ntkmtl": {"aggregator": "ntkmtl", "values": [0.25]},
     "stacked losses": {"form": "stack", "momentum": 0.5},
     "shared given": {"give_shared": True, "batch_norm": True},
     "float64": {"dtype": torch.float64, "batch_norm": True},
@@ -124,8 +133,13 @@ class Python:
 
     def aggregator(self) -> flatmtl.Aggregator:
         name, values = self.s["aggregator"], self.s["values"]
-        options = {"values": values} if name == "fixed" else {"alpha": values[0]} if name == "fairgrad" else {}
-        return flatmtl.aggregators.get_aggregator(name, **options)
+        if not values:
+            return flatmtl.aggregators.get_aggregator(name)
+        option = {
+            "fixed": "values", "fairgrad": "alpha", "gradvac": "beta", "upgrad": "preference", "ntkmtl": "exponent",
+        }[name]  # fmt: skip
+        value = tuple(values) if option in ("values", "preference") else values[0]
+        return flatmtl.aggregators.get_aggregator(name, **{option: value})
 
     def run(self) -> dict[str, list[Tensor]]:
         s = self.s

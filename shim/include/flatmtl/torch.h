@@ -140,11 +140,11 @@ class FlatMTL : public torch::optim::Optimizer {
   // -- checkpoints --------------------------------------------------------------------------------------------------
 
   // The wrapped optimizer's archive with this one's state beside it, in the entry "flatmtl": number of steps, seed,
-  // tasks, roles, radii, and the parameters' shapes.
+  // tasks, roles, radii, the parameters' shapes, and what the aggregator keeps.
   void save(torch::serialize::OutputArchive &archive) const override {
     optimizer_->save(archive);
     std::vector<torch::Tensor> params = all_tensors();
-    detail::State state{steps_, options_.seed(), tasks_, {}, {}, {}};
+    detail::State state{steps_, options_.seed(), tasks_, {}, {}, {}, options_.aggregator().name(), aggregator_state_};
     for (const auto &p : params) {
       const auto role = roles_.of.find(detail::Roles::key(p));
       state.roles.push_back(role == roles_.of.end() ? std::nullopt : std::optional<int64_t>(role->second));
@@ -157,24 +157,27 @@ class FlatMTL : public torch::optim::Optimizer {
   }
 
   // Loads what save wrote, or an archive of the wrapped optimizer alone (roles are then found anew). Another version,
-  // or another number of tasks, groups or parameters, or another shape: std::runtime_error; nothing has then changed.
+  // or another number of tasks, groups or parameters, another shape or aggregator: std::runtime_error; nothing has then
+  // changed.
   void load(torch::serialize::InputArchive &archive) override {
     follow_groups();
     std::optional<detail::State> state;
     torch::serialize::InputArchive own;
     if (archive.try_read("flatmtl", own)) {
       state = detail::State::load(own);
-      state->check(all_tensors(), rhos_.size(), tasks_);
+      state->check(all_tensors(), rhos_.size(), tasks_, options_.aggregator().method());
     }
     detail::load_all_or_nothing(*optimizer_, archive);
     steps_ = 0;
     tasks_.reset();
     last_ = Record();
     roles_.of.clear();
+    aggregator_state_ = detail::AggregatorState();
     if (!state) return;
     steps_ = state->steps;
     options_.seed(state->seed);
     tasks_ = state->tasks;
+    aggregator_state_ = state->aggregator_state;
     const auto params = all_tensors();
     for (size_t i = 0; i < params.size(); ++i)
       if (state->roles[i]) roles_.of[detail::Roles::key(params[i])] = *state->roles[i];
@@ -236,7 +239,7 @@ class FlatMTL : public torch::optim::Optimizer {
   TaskLosses run_erased(const detail::Closure &closure, bool apply_too) {
     torch::NoGradGuard no_grad;
     follow_groups();
-    detail::Step step(parameters_now(), options_, roles_, tasks_, steps_);
+    detail::Step step(parameters_now(), options_, roles_, tasks_, aggregator_state_, steps_);
     bool skipped = false;
     try {
       step.run(closure);
@@ -258,6 +261,7 @@ class FlatMTL : public torch::optim::Optimizer {
     }
     roles_.of = step.new_roles();
     tasks_ = step.tasks();
+    aggregator_state_ = step.new_state();
     last_ = step.record();
     ++steps_;
     if (apply_too) apply();
@@ -292,6 +296,7 @@ class FlatMTL : public torch::optim::Optimizer {
   std::vector<Rho> rhos_;  // one a group
   detail::Roles roles_;
   std::optional<std::vector<Task>> tasks_;
+  detail::AggregatorState aggregator_state_;
   int64_t steps_ = 0;
   Record last_;
 };

@@ -62,6 +62,39 @@ class Aggregator {
       throw std::invalid_argument("FairGrad: alpha is " + detail::text(alpha) + "; it must be positive and finite");
     return {"fairgrad", {alpha}};
   }
+  // seed as pcgrad's.
+  static Aggregator gradvac(double beta = 0.01, std::optional<int64_t> seed = std::nullopt) {
+    if (!(beta >= 0.0 && beta <= 1.0))
+      throw std::invalid_argument("GradVac: beta is " + detail::text(beta) + "; it must be in [0, 1]");
+    Aggregator result("gradvac", {});
+    result.beta_ = beta;
+    if (seed) result.seed_ = checked_seed(*seed);
+    return result;
+  }
+  // scale: "min", "median" or "rmse".
+  static Aggregator aligned_mtl(const std::string &scale = "min", double tolerance = std::ldexp(1.0, -23)) {
+    const std::vector<std::string> scales = {"min", "median", "rmse"};
+    const auto found = std::find(scales.begin(), scales.end(), scale);
+    if (found == scales.end())
+      throw std::invalid_argument("AlignedMTL: scale is " + detail::quoted(scale) +
+                                  "; it must be one of 'min', 'median', 'rmse'");
+    if (!(tolerance >= 0.0 && tolerance < 1.0))
+      throw std::invalid_argument("AlignedMTL: tolerance is " + detail::text(tolerance) + "; it must be in [0, 1)");
+    return {"aligned_mtl", {static_cast<double>(found - scales.begin()), tolerance}};
+  }
+  // preference: one number >= 0 a task; empty: 1/K each.
+  static Aggregator upgrad(std::vector<double> preference = {}) {
+    return {"upgrad", checked_preference("UPGrad", std::move(preference))};
+  }
+  static Aggregator dualproj(std::vector<double> preference = {}) {
+    return {"dualproj", checked_preference("DualProj", std::move(preference))};
+  }
+  static Aggregator config() { return {"config", {}}; }
+  static Aggregator ntkmtl(double exponent = 0.5) {
+    if (!(exponent >= 0.0 && exponent <= 1.0))
+      throw std::invalid_argument("NTKMTL: exponent is " + detail::text(exponent) + "; it must be in [0, 1]");
+    return {"ntkmtl", {exponent}};
+  }
 
   flatmtl_method method() const { return method_; }
   std::string name() const { return flatmtl_method_name(method_); }
@@ -72,13 +105,17 @@ class Aggregator {
   //  seed, draw  of the optimizer, for methods that draw
   std::vector<double> option_values(int64_t num_tasks, int64_t seed, int64_t draw,
                                     const std::vector<int64_t> &present) const {
-    if (method_ == FLATMTL_PCGRAD && options_.empty())
-      return {static_cast<double>(seed_.value_or(seed)), static_cast<double>(draw)};
+    const double used = static_cast<double>(seed_.value_or(seed)), number = static_cast<double>(draw);
+    if (method_ == FLATMTL_PCGRAD && options_.empty()) return {used, number};
+    if (method_ == FLATMTL_GRADVAC && options_.empty()) return {beta_, used, number};
     const bool preference = method_ == FLATMTL_UPGRAD || method_ == FLATMTL_DUALPROJ;  // one number a task, or none
     if (method_ != FLATMTL_FIXED && !(preference && !options_.empty())) return options_;
     if (static_cast<int64_t>(options_.size()) != num_tasks)
-      throw std::invalid_argument((preference ? name() : "Fixed") + " has " + std::to_string(options_.size()) +
-                                  " values for " + std::to_string(num_tasks) + " tasks");
+      throw std::invalid_argument((method_ == FLATMTL_FIXED    ? std::string("Fixed has ")
+                                   : method_ == FLATMTL_UPGRAD ? std::string("UPGrad has a preference of ")
+                                                               : std::string("DualProj has a preference of ")) +
+                                  std::to_string(options_.size()) + " values for " + std::to_string(num_tasks) +
+                                  " tasks");
     std::vector<double> values;
     for (const int64_t i : present) values.push_back(options_[static_cast<size_t>(i)]);
     return values;
@@ -99,9 +136,18 @@ class Aggregator {
     return names;
   }
 
+  static std::vector<double> checked_preference(const std::string &name, std::vector<double> values) {
+    for (size_t i = 0; i < values.size(); ++i)
+      if (!(values[i] >= 0.0 && std::isfinite(values[i])))
+        throw std::invalid_argument(name + ": preference[" + std::to_string(i) + "] is " + detail::text(values[i]) +
+                                    "; it must be finite and at least 0");
+    return values;
+  }
+
   flatmtl_method method_ = FLATMTL_SUM;
   std::vector<double> options_;
   std::optional<int64_t> seed_;
+  double beta_ = 0.01;  // of gradvac
 };
 
 }  // namespace flatmtl

@@ -13,6 +13,7 @@
 #include <torch/serialize.h>
 #include <torch/types.h>
 
+#include "aggregator_state.h"
 #include "roles.h"
 #include "text.h"
 
@@ -27,6 +28,8 @@ struct State {
   std::vector<std::optional<int64_t>> roles;    // one a parameter, in the order of the groups
   std::vector<std::vector<int64_t>> shapes;     // the parameters'
   std::vector<std::pair<double, double>> rhos;  // one a group
+  std::string aggregator;                       // the name of
+  AggregatorState aggregator_state;
 
   void save(torch::serialize::OutputArchive &archive) const {
     archive.write("version", c10::IValue(VERSION));
@@ -51,6 +54,14 @@ struct State {
       radii.push_back(rho.second);
     }
     archive.write("rho", c10::IValue(radii));
+    archive.write("aggregator", c10::IValue(aggregator));
+    for (const char *call : CALLS) {
+      const auto found = aggregator_state.calls.find(call);
+      c10::List<double> values;
+      if (found != aggregator_state.calls.end())
+        for (const double value : found->second) values.push_back(value);
+      archive.write(std::string("aggregator_") + call, c10::IValue(values));
+    }
   }
 
   static State load(torch::serialize::InputArchive &archive) {
@@ -83,12 +94,17 @@ struct State {
     }
     const auto radii = read("rho").toDoubleVector();
     for (size_t g = 0; g + 1 < radii.size(); g += 2) state.rhos.emplace_back(radii[g], radii[g + 1]);
+    state.aggregator = read("aggregator").toStringRef();
+    for (const char *call : CALLS) {
+      const auto values = read((std::string("aggregator_") + call).c_str()).toDoubleVector();
+      if (!values.empty()) state.aggregator_state.calls[call] = values;
+    }
     return state;
   }
 
   // Throws unless this state is one of an optimizer with these parameters, groups and tasks.
-  void check(const std::vector<torch::Tensor> &params, size_t num_groups,
-             const std::optional<std::vector<Task>> &now) const {
+  void check(const std::vector<torch::Tensor> &params, size_t num_groups, const std::optional<std::vector<Task>> &now,
+             flatmtl_method method) const {
     if (roles.size() != params.size() || shapes.size() != params.size())
       throw std::runtime_error("state_dict['flatmtl']['roles'] is for " + std::to_string(roles.size()) +
                                " parameters, but the optimizer has " + std::to_string(params.size()));
@@ -103,10 +119,16 @@ struct State {
     if (tasks && now && tasks->size() != now->size())
       throw std::runtime_error("state_dict has " + std::to_string(tasks->size()) + " tasks, but the optimizer has " +
                                std::to_string(now->size()));
+    if (aggregator_state.calls.empty()) return;
+    if (aggregator != flatmtl_method_name(method))
+      throw std::runtime_error("state_dict holds the state of aggregator " + quoted(aggregator) +
+                               ", but the optimizer has " + quoted(flatmtl_method_name(method)));
+    aggregator_state.check(method, tasks ? static_cast<int64_t>(tasks->size()) : 0);
   }
 
  private:
   static constexpr int64_t UNKNOWN = -2;
+  static constexpr const char *CALLS[] = {"loss", "flat", "both", "pairs"};
 
   // The inverse of text().
   static Task task_of(const std::string &written) {

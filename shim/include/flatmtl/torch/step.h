@@ -19,6 +19,7 @@
 #include <torch/autograd.h>
 #include <torch/types.h>
 
+#include "aggregator_state.h"
 #include "options.h"
 #include "point.h"
 #include "protect.h"
@@ -37,11 +38,13 @@ class Step {
  public:
   // known_tasks: of earlier steps, if there were any.
   Step(std::vector<Parameter> params, const FlatMTLOptions &options, const Roles &roles,
-       const std::optional<std::vector<Task>> &known_tasks, int64_t draw)
+       const std::optional<std::vector<Task>> &known_tasks, const AggregatorState &state, int64_t draw)
       : point_(std::move(params)),
         options_(options),
         roles_(roles),
         known_tasks_(known_tasks),
+        state_(state),
+        new_state_(state),
         draw_(draw),
         slots_(buffers(options.modules())) {
     for (const auto &p : point_.params()) {
@@ -80,6 +83,7 @@ class Step {
   const std::vector<Parameter> &params() const { return point_.params(); }
   const TaskLosses &losses() const { return losses_; }
   const Record &record() const { return record_; }
+  const AggregatorState &new_state() const { return new_state_; }
   const std::unordered_map<Roles::Key, int64_t> &new_roles() const { return new_roles_; }
 
   // .grad of parameter i after the step.
@@ -284,22 +288,7 @@ class Step {
     flatmtl_status status[2] = {FLATMTL_OK, FLATMTL_OK};
     if (!shared_.empty() && count > 0) {
       std::tie(pair, direct) = gramians(loss, moved);
-      const std::vector<double> options =
-          options_.aggregator().option_values(static_cast<int64_t>(tasks_.size()), options_.seed(), draw_, present_at_);
-      Context context("step_weights", count);
-      flatmtl_error error{};
-      flatmtl_settings settings;
-      check("step_weights", flatmtl_settings_default(&settings, &error), error);
-      settings.method = options_.aggregator().method();
-      settings.options = options.data();
-      settings.num_options = static_cast<int32_t>(options.size());
-      settings.combine = flat_ ? combine_number(options_.combine()) : FLATMTL_DECOMPOSED;
-      settings.family_scale = family_scale_number(options_.family_scale());
-      check("step_weights",
-            flatmtl_step_weights(context.get(), &settings, static_cast<int32_t>(count), doubles(pair),
-                                 direct.defined() ? doubles(direct) : nullptr, weights_loss.data(), weights_flat.data(),
-                                 status, &error),
-            error);
+      weights(pair, direct, &weights_loss, &weights_flat, status);
       if (!flat_) weights_flat.assign(present_.size(), std::nan(""));
     }
     combine(loss, moved, weights_loss, weights_flat);
@@ -313,6 +302,32 @@ class Step {
     const Family flat_family{pair.slice(0, count).slice(1, count), weights_flat};
     add_family(&record_.norms_flat, &record_.cosine_flat, &record_.weights_flat, flat_family, present_at_);
     record_.pareto_stationary_flat = status[1] == FLATMTL_PARETO_STATIONARY;
+  }
+
+  // Weights of both families. Without perturbed passes there is one call of A, of the loss family.
+  void weights(torch::Tensor &pair, torch::Tensor direct, std::vector<double> *loss, std::vector<double> *flat,
+               flatmtl_status *status) {
+    const Aggregator &aggregator = options_.aggregator();
+    const auto count = static_cast<int64_t>(present_.size()), tasks = static_cast<int64_t>(tasks_.size());
+    const std::vector<double> options = aggregator.option_values(tasks, options_.seed(), draw_, present_at_);
+    if (!flat_) direct = pair.slice(0, 0, count).slice(1, 0, count).contiguous();
+    Context context("step_weights", count);
+    flatmtl_error error{};
+    flatmtl_settings settings;
+    check("step_weights", flatmtl_settings_default(&settings, &error), error);
+    settings.method = aggregator.method();
+    settings.options = options.data();
+    settings.num_options = static_cast<int32_t>(options.size());
+    settings.combine = flat_ ? combine_number(options_.combine()) : FLATMTL_DIRECT;
+    settings.family_scale = family_scale_number(options_.family_scale());
+    std::vector<double> state = state_.gather(settings.method, settings.combine, tasks, present_at_);
+    settings.state = state.empty() ? nullptr : state.data();
+    check(
+        "step_weights",
+        flatmtl_step_weights(context.get(), &settings, static_cast<int32_t>(count), doubles(pair),
+                             direct.defined() ? doubles(direct) : nullptr, loss->data(), flat->data(), status, &error),
+        error);
+    if (!state.empty()) new_state_ = state_.scatter(settings.method, settings.combine, tasks, present_at_, state);
   }
 
   // The Gramian of (g, f), and that of s for combine "direct".
@@ -375,6 +390,8 @@ class Step {
   const FlatMTLOptions &options_;
   const Roles &roles_;
   const std::optional<std::vector<Task>> &known_tasks_;
+  const AggregatorState &state_;
+  AggregatorState new_state_;
   int64_t draw_;
   std::vector<ProtectedModule::Slot> slots_;
   bool flat_ = false;
