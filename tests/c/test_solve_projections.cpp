@@ -305,6 +305,20 @@ TEST_CASE("GradVac: rows that vanish leave the targets, and errors leave the sta
   for (double x : w) CHECK(x == 1);
   CHECK(ones == Vec(9, 1.0));
 
+  // g_0' vanishes when it meets the opposite g_1; the target to g_2 then stays, if g_2 comes after g_1.
+  int after = 0;
+  for (int draw = 0; draw < 20; draw++) {
+    Vec targets = {0, 0, -0.5, 0, 0, 0, 0, 0, 0};
+    const Vec corner = {1, -2, 0, -2, 4, 0, 0, 0, 1};
+    const Vec turned =
+        weights_of(FLATMTL_GRADVAC, {0.5, 0, static_cast<double>(draw)}, corner, nullptr, &targets).weights;
+    CHECK(turned == Vec{1.0 + 2, 1.0 + 0.5, 1.0});  // g_0' = g_1' = 0, g_2' = g_2
+    CHECK((targets[2] == -0.5 || targets[2] == -0.25));
+    after += targets[2] == -0.5;
+  }
+  CHECK(after > 2);
+  CHECK(after < 18);
+
   flatmtl_error error;
   Vec bad = g;
   bad[6] = NAN;
