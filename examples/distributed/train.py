@@ -95,6 +95,14 @@ class Checkpoints:
         return epoch
 
 
+def connect(backend: str) -> None:
+    """As `init_process_group`, but a restart has keys of its own: torchrun's store still holds the addresses of the
+    processes before, and a rank that is early would call one of those."""
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
@@ -108,7 +116,7 @@ def main() -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device = torch.device("cuda" if cuda else "cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
+    connect("nccl" if cuda else "gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
 
     train_x, train_y, test_x, test_y = (part.to(device) for part in load_data(arguments.pictures))
@@ -143,6 +151,7 @@ def main() -> None:
     if rank == 0:
         flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).cpu()
         print("parameters:", hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16], flush=True)
+    dist.barrier()  # nobody leaves while others still talk
     dist.destroy_process_group()
 
 

@@ -184,9 +184,11 @@ def failure(rank: int, size: int, at: int, form: str, timeout: float) -> None:
     before, start = everything(), time.monotonic()
     with pytest.raises(Exception) as raised:  # noqa: PT011
         optimizer.step(closure)
-    assert time.monotonic() - start < 2 * timeout + 5
+    waited = time.monotonic() - start
+    assert waited < 2 * timeout + 5
     if rank == size - 1:
         assert isinstance(raised.value, Injected)
+        assert waited < timeout  # it gives up, rather than wait for the others
     else:
         assert isinstance(raised.value, RuntimeError), raised.value
     assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
