@@ -252,7 +252,7 @@ def test_samo_guesses_a_gradient() -> None:
     theta = nn.Parameter(torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64))
     a = torch.tensor([[1.0, 2.0, -1.0], [0.0, 0.0, 0.0], [-1.0, 0.5, 2.0]], dtype=torch.float64)
     optimizer = flatmtl.FlatMTL(SGD([theta], lr=0.0), flat=flatness.SAMO(alpha=0.0), rho=RHO, aggregator="sum")
-    optimizer.step(lambda: [row @ theta + 0.0 * theta.square().sum() for row in a])
+    optimizer.step(lambda: [1.0 + row @ theta + 0.0 * theta.square().sum() for row in a])
     rise = optimizer.last["sharpness"]
     assert rise[0] > 0.0
     assert rise[1] == 0.0
