@@ -121,10 +121,10 @@ Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> 
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
-                                                const std::optional<Tensor> &perturbed_gramian, int64_t method,
-                                                const std::vector<double> &options, int64_t combine,
-                                                int64_t family_scale, const std::optional<Tensor> &state) {
+std::tuple<Tensor, Tensor, Tensor> weights_of_step(const Tensor &gramian_pair,
+                                                   const std::optional<Tensor> &perturbed_gramian, int64_t method,
+                                                   const std::vector<double> &options, int64_t combine,
+                                                   int64_t family_scale, const std::optional<Tensor> &state) {
   const char *op = "step_weights";
   const int64_t num_tasks = square_size(op, "gramian_pair", gramian_pair, 2);
   Context context(op, num_tasks);
@@ -158,6 +158,21 @@ std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
   values[0] = family_status[0];
   values[1] = family_status[1];
   return {loss_weights, flat_weights, status};
+}
+
+// Two ops: Inductor (torch 2.13) compiles none that may write to an optional argument and returns several tensors.
+std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
+                                                const std::optional<Tensor> &perturbed_gramian, int64_t method,
+                                                const std::vector<double> &options, int64_t combine,
+                                                int64_t family_scale) {
+  return weights_of_step(gramian_pair, perturbed_gramian, method, options, combine, family_scale, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> step_weights_(const Tensor &gramian_pair,
+                                                 const std::optional<Tensor> &perturbed_gramian, int64_t method,
+                                                 const std::vector<double> &options, int64_t combine,
+                                                 int64_t family_scale, const Tensor &state) {
+  return weights_of_step(gramian_pair, perturbed_gramian, method, options, combine, family_scale, state);
 }
 
 // One new tensor for each of the first count.
@@ -302,7 +317,10 @@ STABLE_TORCH_LIBRARY(flatmtl, m) {
   m.def("weights(Tensor gramian, int method, float[] options, Tensor(a!)? state=None) -> Tensor");
   m.def(
       "step_weights(Tensor gramian_pair, Tensor? perturbed_gramian, int method, float[] options, int combine, "
-      "int family_scale, Tensor(a!)? state=None) -> (Tensor, Tensor, Tensor)");
+      "int family_scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "step_weights_(Tensor gramian_pair, Tensor? perturbed_gramian, int method, float[] options, int combine, "
+      "int family_scale, Tensor(a!) state) -> (Tensor, Tensor, Tensor)");
   m.def("aggregate(Tensor[] rows, int num_tasks, int method, float[] options) -> Tensor[]");
   m.def("perturb_(Tensor(a!)[] params, Tensor[] saved, Tensor[] grads, float[] scale, bool adaptive, float eta) -> ()");
   m.def("copy_(Tensor(a!)[] to, Tensor[] source) -> ()");
@@ -323,6 +341,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CompositeExplicitAutograd, m) {
   m.impl("sq_norms", TORCH_BOX(&flatmtl::sq_norms));
   m.impl("weights", TORCH_BOX(&flatmtl::weights));
   m.impl("step_weights", TORCH_BOX(&flatmtl::step_weights));
+  m.impl("step_weights_", TORCH_BOX(&flatmtl::step_weights_));
   m.impl("aggregate", TORCH_BOX(&flatmtl::aggregate));
   m.impl("perturb_", TORCH_BOX(&flatmtl::perturb_));
   m.impl("copy_", TORCH_BOX(&flatmtl::copy_));

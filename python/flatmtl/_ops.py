@@ -154,7 +154,17 @@ def _(gramian: Tensor, method: int, options: list[float], state: Tensor | None =
 @fake("flatmtl::step_weights")
 def _(
     gramian_pair: Tensor, perturbed_gramian: Tensor | None, method: int, options: list[float], combine: int,
-    family_scale: int, state: Tensor | None = None,
+    family_scale: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tasks = gramian_pair.shape[0] // 2
+    status = gramian_pair.new_empty((2,), dtype=torch.int64)
+    return _doubles(gramian_pair, tasks), _doubles(gramian_pair, tasks), status
+
+
+@fake("flatmtl::step_weights_")
+def _(
+    gramian_pair: Tensor, perturbed_gramian: Tensor | None, method: int, options: list[float], combine: int,
+    family_scale: int, state: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tasks = gramian_pair.shape[0] // 2
     status = gramian_pair.new_empty((2,), dtype=torch.int64)

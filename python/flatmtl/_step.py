@@ -342,11 +342,14 @@ class Step:
         if not self.flat:  # one call, of the loss family
             combine, perturbed = "direct", pair[: len(present), : len(present)].contiguous()
         state = _aggregator_state.gather(old, aggregator, combine, tasks, present)
-        a, b, status = torch.ops.flatmtl.step_weights(
+        arguments = [
             pair, perturbed, aggregator.number, options, _ops.COMBINE[combine],
-            _ops.FAMILY_SCALE[self.settings.family_scale], state,
-        )  # fmt: skip
-        if state is not None:
+            _ops.FAMILY_SCALE[self.settings.family_scale],
+        ]  # fmt: skip
+        if state is None:
+            a, b, status = torch.ops.flatmtl.step_weights(*arguments)
+        else:
+            a, b, status = torch.ops.flatmtl.step_weights_(*arguments, state)
             self.new_states["aggregator"] = _aggregator_state.scatter(old, aggregator, combine, tasks, present, state)
         if self.settings.max_norm is not None and not self.featured:  # there the rows are not the parameters'
             families = not self.flat or combine == "decomposed"

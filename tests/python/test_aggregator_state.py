@@ -194,7 +194,7 @@ def test_opcheck_and_compile_with_a_state() -> None:
     pair = rows @ rows.T
     gramian = pair[:3, :3].contiguous()
     torch.library.opcheck(ops.weights.default, (gramian, number, [], torch.zeros(9, dtype=F64)))
-    torch.library.opcheck(ops.step_weights.default, (pair, None, number, [], 0, 1, torch.zeros(18, dtype=F64)))
+    torch.library.opcheck(ops.step_weights_.default, (pair, None, number, [], 0, 1, torch.zeros(18, dtype=F64)))
 
     def twice(state: Tensor) -> Tensor:
         ops.weights(gramian, number, [0.5, 0.0, 0.0], state)
@@ -207,6 +207,6 @@ def test_opcheck_and_compile_with_a_state() -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=0)
     assert torch.equal(eager, compiled)
     with pytest.raises(RuntimeError, match=r"flatmtl::step_weights: state has shape \(9,\); expected \(18,\)"):
-        ops.step_weights(pair, None, number, [], 0, 1, torch.zeros(9, dtype=F64))
+        ops.step_weights_(pair, None, number, [], 0, 1, torch.zeros(9, dtype=F64))
     with pytest.raises(RuntimeError, match=r"flatmtl::weights: state has shape \(9,\); expected \(0,\)"):
         ops.weights(gramian, _ops.METHODS["mgda"], [], torch.zeros(9, dtype=F64))
