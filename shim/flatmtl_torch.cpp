@@ -103,8 +103,8 @@ class State {
   double *data_;
 };
 
-Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> &options,
-               const std::optional<Tensor> &state) {
+Tensor weights_of(const Tensor &gramian, int64_t method, const std::vector<double> &options,
+                  const std::optional<Tensor> &state) {
   const char *op = "weights";
   const int64_t num_tasks = square_size(op, "gramian", gramian, 1);
   Context context(op, num_tasks);
@@ -119,6 +119,15 @@ Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> 
                                 task_count(op, num_tasks), matrix, state_data.get(), doubles(result), &error),
                 error);
   return result;
+}
+
+// Two ops, with a state and without: Inductor (torch 2.13) compiles none that may write to an optional argument.
+Tensor weights(const Tensor &gramian, int64_t method, const std::vector<double> &options) {
+  return weights_of(gramian, method, options, std::nullopt);
+}
+
+Tensor weights_(const Tensor &gramian, int64_t method, const std::vector<double> &options, const Tensor &state) {
+  return weights_of(gramian, method, options, state);
 }
 
 std::tuple<Tensor, Tensor, Tensor> weights_of_step(const Tensor &gramian_pair,
@@ -160,7 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> weights_of_step(const Tensor &gramian_pair,
   return {loss_weights, flat_weights, status};
 }
 
-// Two ops: Inductor (torch 2.13) compiles none that may write to an optional argument and returns several tensors.
+// As weights and weights_.
 std::tuple<Tensor, Tensor, Tensor> step_weights(const Tensor &gramian_pair,
                                                 const std::optional<Tensor> &perturbed_gramian, int64_t method,
                                                 const std::vector<double> &options, int64_t combine,
@@ -314,7 +323,8 @@ STABLE_TORCH_LIBRARY(flatmtl, m) {
   m.def("gramian(Tensor[] rows, int num_tasks, int accumulate=0) -> Tensor");
   m.def("gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, int accumulate=0) -> Tensor");
   m.def("sq_norms(Tensor[] rows, int num_tasks, Tensor[] params, float eta) -> Tensor");
-  m.def("weights(Tensor gramian, int method, float[] options, Tensor(a!)? state=None) -> Tensor");
+  m.def("weights(Tensor gramian, int method, float[] options) -> Tensor");
+  m.def("weights_(Tensor gramian, int method, float[] options, Tensor(a!) state) -> Tensor");
   m.def(
       "step_weights(Tensor gramian_pair, Tensor? perturbed_gramian, int method, float[] options, int combine, "
       "int family_scale) -> (Tensor, Tensor, Tensor)");
@@ -340,6 +350,7 @@ STABLE_TORCH_LIBRARY_IMPL(flatmtl, CompositeExplicitAutograd, m) {
   m.impl("gramian_pair", TORCH_BOX(&flatmtl::gramian_pair));
   m.impl("sq_norms", TORCH_BOX(&flatmtl::sq_norms));
   m.impl("weights", TORCH_BOX(&flatmtl::weights));
+  m.impl("weights_", TORCH_BOX(&flatmtl::weights_));
   m.impl("step_weights", TORCH_BOX(&flatmtl::step_weights));
   m.impl("step_weights_", TORCH_BOX(&flatmtl::step_weights_));
   m.impl("aggregate", TORCH_BOX(&flatmtl::aggregate));

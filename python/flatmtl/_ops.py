@@ -147,7 +147,12 @@ def _(rows: list[Tensor], num_tasks: int, params: list[Tensor], eta: float) -> T
 
 
 @fake("flatmtl::weights")
-def _(gramian: Tensor, method: int, options: list[float], state: Tensor | None = None) -> Tensor:
+def _(gramian: Tensor, method: int, options: list[float]) -> Tensor:
+    return _doubles(gramian, gramian.shape[0])
+
+
+@fake("flatmtl::weights_")
+def _(gramian: Tensor, method: int, options: list[float], state: Tensor) -> Tensor:
     return _doubles(gramian, gramian.shape[0])
 
 

@@ -119,9 +119,12 @@ def _weights(function: str, gramian: Tensor, aggregator: Aggregator, draw: int, 
     with torch.no_grad():
         gramian = gramian.to("cpu", torch.float64).contiguous()
         options = aggregator.option_values(len(gramian), draw=draw)
-        if state is not None:
+        values: Tensor
+        if state is None:
+            values = torch.ops.flatmtl.weights(gramian, aggregator.number, options)
+        else:
             _check_state(function, state, aggregator, len(gramian))
-        values: Tensor = torch.ops.flatmtl.weights(gramian, aggregator.number, options, state)
+            values = torch.ops.flatmtl.weights_(gramian, aggregator.number, options, state)
     return values
 
 

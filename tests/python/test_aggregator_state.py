@@ -193,12 +193,12 @@ def test_opcheck_and_compile_with_a_state() -> None:
     rows = torch.randn(6, 9, dtype=F64, generator=torch.Generator().manual_seed(2))
     pair = rows @ rows.T
     gramian = pair[:3, :3].contiguous()
-    torch.library.opcheck(ops.weights.default, (gramian, number, [], torch.zeros(9, dtype=F64)))
+    torch.library.opcheck(ops.weights_.default, (gramian, number, [], torch.zeros(9, dtype=F64)))
     torch.library.opcheck(ops.step_weights_.default, (pair, None, number, [], 0, 1, torch.zeros(18, dtype=F64)))
 
     def twice(state: Tensor) -> Tensor:
-        ops.weights(gramian, number, [0.5, 0.0, 0.0], state)
-        return ops.weights(gramian, number, [0.5, 0.0, 1.0], state) + state.sum()
+        ops.weights_(gramian, number, [0.5, 0.0, 0.0], state)
+        return ops.weights_(gramian, number, [0.5, 0.0, 1.0], state) + state.sum()
 
     eager, compiled = torch.zeros(9, dtype=F64), torch.zeros(9, dtype=F64)
     expected = twice(eager)
@@ -209,4 +209,4 @@ def test_opcheck_and_compile_with_a_state() -> None:
     with pytest.raises(RuntimeError, match=r"flatmtl::step_weights: state has shape \(9,\); expected \(18,\)"):
         ops.step_weights_(pair, None, number, [], 0, 1, torch.zeros(9, dtype=F64))
     with pytest.raises(RuntimeError, match=r"flatmtl::weights: state has shape \(9,\); expected \(0,\)"):
-        ops.weights(gramian, _ops.METHODS["mgda"], [], torch.zeros(9, dtype=F64))
+        ops.weights_(gramian, _ops.METHODS["mgda"], [], torch.zeros(9, dtype=F64))

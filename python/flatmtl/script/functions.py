@@ -20,7 +20,10 @@ def weights(gramian: Tensor, method: str, options: list[float], state: Tensor | 
     if torch.is_grad_enabled() and gramian.requires_grad:
         raise RuntimeError("flatmtl.script: gramian requires grad; call this under torch.no_grad(), or detach it")
     double = gramian.to(torch.float64).contiguous()
-    result: Tensor = torch.ops.flatmtl.weights(double, method_number(method), options, state)
+    if state is None:
+        result: Tensor = torch.ops.flatmtl.weights(double, method_number(method), options)
+    else:
+        result = torch.ops.flatmtl.weights_(double, method_number(method), options, state)
     return result
 
 
