@@ -148,3 +148,25 @@ TEST_CASE("weightings stay inside the workspace, whatever the number of tasks") 
       }
     }
 }
+
+TEST_CASE("SLAW and Adam's step do not depend on the units of losses and norms, whatever their size") {
+  // A power of two changes no bit of ratios; the squares of these losses and norms are beyond the range of doubles.
+  const double steps[][3] = {{1.0, 2.0, 0.5}, {1.25, 1.0, 0.75}, {0.5, 1.75, 0.875}, {0.75, 1.5, 0.625}};
+  for (int power : {-900, -600, 600, 900}) {
+    Weighting slaw(FLATMTL_WEIGHTING_SLAW, 3), slaw_scaled(FLATMTL_WEIGHTING_SLAW, 3);
+    Weighting adam(FLATMTL_WEIGHTING_GRADNORM, 3), adam_scaled(FLATMTL_WEIGHTING_GRADNORM, 3);
+    for (const auto &step : steps) {
+      const std::vector<double> values(step, step + 3);
+      std::vector<double> scaled = values;
+      for (double &value : scaled) value = std::ldexp(value, power);
+      REQUIRE(slaw.weigh(values, {}) == FLATMTL_OK);
+      REQUIRE(slaw_scaled.weigh(scaled, {}) == FLATMTL_OK);
+      REQUIRE(slaw.weights == slaw_scaled.weights);
+      REQUIRE(adam.weigh(values, values) == FLATMTL_OK);
+      REQUIRE(adam_scaled.weigh(values, scaled) == FLATMTL_OK);
+      REQUIRE(adam.weights == adam_scaled.weights);
+    }
+    REQUIRE(slaw.weights[0] != slaw.weights[1]);
+    REQUIRE(adam.weights[0] != adam.weights[1]);
+  }
+}

@@ -52,7 +52,7 @@ void fm_weigh_slaw(const fm_weighting_call *call, double *weights) {
     } else {
       const double change = call->losses[i] - mean[i];
       mean[i] += (1.0 - beta) * change;
-      deviation[i] = fmin(sqrt(beta) * hypot(deviation[i], sqrt(1.0 - beta) * fm_clamp(change, DBL_MAX)), DBL_MAX);
+      deviation[i] = fmin(sqrt(beta) * fm_hypot(deviation[i], sqrt(1.0 - beta) * fm_clamp(change, DBL_MAX)), DBL_MAX);
       s[i] = fmax(deviation[i], least * fabs(mean[i]));
     }
     count[i] = 1.0;

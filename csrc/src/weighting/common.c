@@ -23,7 +23,7 @@ double fm_adam(double gradient, double lr, double count, double *moment, double 
   const double beta1 = 0.9, beta2 = 0.999;
   gradient = fm_clamp(gradient, 0x1p1000);
   *moment = beta1 * *moment + (1.0 - beta1) * gradient;
-  *root = hypot(sqrt(beta2) * *root, sqrt(1.0 - beta2) * gradient);
+  *root = fm_hypot(sqrt(beta2) * *root, sqrt(1.0 - beta2) * gradient);
   if (*root == 0.0) return 0.0;
   return lr * ((*moment / *root) * (sqrt(1.0 - pow(beta2, count)) / (1.0 - pow(beta1, count))));
 }

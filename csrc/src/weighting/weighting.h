@@ -2,6 +2,7 @@
 #ifndef FM_WEIGHTING_H
 #define FM_WEIGHTING_H
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -46,6 +47,16 @@ void fm_softmax(int32_t n, const double *x, double total, double *out);
 /* x within [-limit, limit]. */
 static inline double fm_clamp(double x, double limit) {
   return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+/* The root of a^2 + b^2 for finite a and b, in units of the larger one's power of two: squares neither over- nor
+ * underflow. The bits of hypot depend on the C library, and its newest version binds to glibc 2.35. */
+static inline double fm_hypot(double a, double b) {
+  int exponent;
+  frexp(fmax(fabs(a), fabs(b)), &exponent);
+  a = ldexp(a, -exponent);
+  b = ldexp(b, -exponent);
+  return ldexp(sqrt(a * a + b * b), exponent);
 }
 
 /* The step of Adam (1412.6980; beta 0.9 and 0.999) to subtract, for the count-th gradient, count >= 1. root is the root
