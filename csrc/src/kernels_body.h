@@ -247,21 +247,38 @@ static void widen_f16(const uint16_t *restrict x, int64_t n, float *restrict out
 }
 
 /* out may be s. */
-#define FM_DEFINE_DIFF(NAME, TYPE, OUT, WIDE)                                        \
-  static void NAME(const TYPE *s, const TYPE *g, int64_t n, OUT *out) {              \
-    int64_t p = 0;                                                                   \
-    for (; p + FM_LANES <= n; p += FM_LANES) {                                       \
-      OUT piece[FM_LANES];                                                           \
-      for (int l = 0; l < FM_LANES; l++) piece[l] = WIDE(s[p + l]) - WIDE(g[p + l]); \
-      memcpy(out + p, piece, sizeof piece);                                          \
-    }                                                                                \
-    for (; p < n; p++) out[p] = WIDE(s[p]) - WIDE(g[p]);                             \
+#define FM_DEFINE_DIFF(T, TYPE, VEC, ANY)                                                                         \
+  static void diff_##T(const TYPE *s, const TYPE *g, int64_t n, TYPE *out) {                                      \
+    enum { WIDTH = sizeof(VEC) / sizeof(TYPE) };                                                                  \
+    int64_t p = 0;                                                                                                \
+    for (; p + 2 * WIDTH <= n; p += 2 * WIDTH) {                                                                  \
+      const VEC first = *(const ANY *)(s + p) - *(const ANY *)(g + p);                                            \
+      const VEC second = *(const ANY *)(s + p + WIDTH) - *(const ANY *)(g + p + WIDTH);                           \
+      *(ANY *)(out + p) = first;                                                                                  \
+      *(ANY *)(out + p + WIDTH) = second;                                                                         \
+    }                                                                                                             \
+    for (; p < n; p++) out[p] = s[p] - g[p];                                                                      \
   }
 
-FM_DEFINE_DIFF(diff_f32, float, float, )
-FM_DEFINE_DIFF(diff_f64, double, double, )
-FM_DEFINE_DIFF(diff_bf16, uint16_t, float, from_bf16)
-FM_DEFINE_DIFF(diff_f16, uint16_t, float, from_f16)
+FM_DEFINE_DIFF(f32, float, fm_vf, fm_vf_any)
+FM_DEFINE_DIFF(f64, double, fm_vd, fm_vd_any)
+
+/* Elements that are widened or narrowed together, in the first cache. */
+enum { FM_PIECE = 64 };
+
+#define FM_DEFINE_DIFF_HALF(T)                                                                                    \
+  static void diff_##T(const uint16_t *s, const uint16_t *g, int64_t n, float *out) {                             \
+    float wide[FM_PIECE];                                                                                         \
+    for (int64_t p = 0; p < n; p += FM_PIECE) {                                                                   \
+      const int64_t count = n - p < FM_PIECE ? n - p : FM_PIECE;                                                  \
+      widen_##T(g + p, count, wide);                                                                              \
+      widen_##T(s + p, count, out + p);                                                                           \
+      diff_f32(out + p, wide, count, out + p);                                                                    \
+    }                                                                                                             \
+  }
+
+FM_DEFINE_DIFF_HALF(bf16)
+FM_DEFINE_DIFF_HALF(f16)
 
 static void round_f32(const double *restrict x, int64_t n, float *restrict out) {
   for (int64_t p = 0; p < n; p++) out[p] = (float)x[p];
@@ -291,7 +308,7 @@ FM_INLINE void round_bf16_at(const double *x, uint16_t *out) {
   memcpy(out, &narrow, sizeof narrow);
 }
 
-static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict out) {
+static void round_bf16_each(const double *restrict x, int64_t n, uint16_t *restrict out) {
   int64_t p = 0;
   for (; p + FM_WIDTH <= n; p += FM_WIDTH) round_bf16_at(x + p, out + p);
   double rest[FM_WIDTH] = {0};
@@ -299,6 +316,27 @@ static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict o
   memcpy(rest, x + p, (size_t)(n - p) * sizeof *x);
   round_bf16_at(rest, rounded);
   memcpy(out + p, rounded, (size_t)(n - p) * sizeof *out);
+}
+
+/* Rounding to F32 first has the value of a single rounding, except where it gives a tie between two BF16, or nothing of
+ * a number that is not zero (subnormal numbers may be flushed). */
+static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict out) {
+  float narrow[FM_PIECE];
+  for (int64_t p = 0; p < n; p += FM_PIECE) {
+    const int count = n - p < FM_PIECE ? (int)(n - p) : FM_PIECE;
+    round_f32(x + p, count, narrow);
+    int32_t special = 0, zero = 0;
+    for (int i = 0; i < count; i++) {
+      const uint32_t bits = as_bits(narrow[i]);
+      const int32_t size = (int32_t)(bits & 0x7fffffffu);
+      special |= ((bits & 0xffffu) == 0x8000u) | (size > 0x7f800000);
+      zero |= size == 0;
+      out[p + i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    }
+    if (zero)
+      for (int i = 0; i < count; i++) special |= (as_bits(narrow[i]) << 1 == 0) & (x[p + i] != 0.0);
+    if (special) round_bf16_each(x + p, count, out + p);
+  }
 }
 
 static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict out) {
