@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +65,14 @@ def tasks_of(container: Any) -> list[Task]:
     return list(range(len(container)))
 
 
-def read_losses(container: Any, grad: bool = True) -> list[Loss | None]:
+def read_losses(container: Any, grad: bool = True, wanted: Collection[int] | None = None) -> list[Loss | None]:
     """Checks what a closure returned and gives one `Loss` a task, None for an absent one.
 
     Accepts a list, tuple, dict or 1-D tensor of losses, and a 0-d tensor as a single task. `grad` is False for losses
-    computed without graphs.
+    computed without graphs. With `wanted` the others of these indices are not looked at, and None.
     """
     if isinstance(container, Tensor):
-        return _read_tensor(container, grad)
+        return _read_tensor(container, grad, wanted)
     if isinstance(container, Mapping):
         values = list(container.values())
     elif isinstance(container, Sequence) and not isinstance(container, (str, bytes)):
@@ -85,7 +85,10 @@ def read_losses(container: Any, grad: bool = True) -> list[Loss | None]:
     tasks = tasks_of(container)
     if not values:
         raise ValueError("closure returned no losses")
-    return [None if value is None else read_loss(task, value, grad) for task, value in zip(tasks, values, strict=True)]
+    return [
+        None if value is None or (wanted is not None and i not in wanted) else read_loss(task, value, grad)
+        for i, (task, value) in enumerate(zip(tasks, values, strict=True))
+    ]
 
 
 def read_loss(task: Task, value: Any, grad: bool = True) -> Loss:
@@ -102,7 +105,7 @@ def read_loss(task: Task, value: Any, grad: bool = True) -> Loss:
     return Loss(task, value.detach(), scalar or edge, scalar is not None)
 
 
-def _read_tensor(vector: Tensor, grad: bool) -> list[Loss | None]:
+def _read_tensor(vector: Tensor, grad: bool, wanted: Collection[int] | None) -> list[Loss | None]:
     if vector.dim() == 0:
         return [read_loss(0, vector, grad)]
     if vector.dim() != 1:
@@ -115,7 +118,9 @@ def _read_tensor(vector: Tensor, grad: bool) -> list[Loss | None]:
     scalars = _scalars_of(get_gradient_edge(vector), vector.shape[0])
     losses: list[Loss | None] = []
     for i in range(vector.shape[0]):
-        if scalars is not None:
+        if wanted is not None and i not in wanted:
+            losses.append(None)
+        elif scalars is not None:
             losses.append(Loss(i, vector.detach()[i], scalars[i]))
         else:
             separable = vector.shape[0] == 1

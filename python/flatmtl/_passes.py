@@ -32,6 +32,9 @@ class Forward:
     start: Pass
     indices: list[int]
 
+    def __post_init__(self) -> None:
+        self.takes_task = _losses.takes_task(self.closure)
+
 
 class Passes:
     """`batches`: arguments of the closure, one a micro-batch; None calls it once, without one."""
@@ -244,10 +247,10 @@ class Passes:
             if value is None:
                 raise RuntimeError(f"closure of task {task!r} returned None in the perturbed pass only")
             return [_losses.read_loss(task, value, grad)]
-        if len(wanted) == 1 and isinstance(value, Tensor) and value.dim() == 0 and _losses.takes_task(forward.closure):
+        if len(wanted) == 1 and isinstance(value, Tensor) and value.dim() == 0 and forward.takes_task:
             return [_losses.read_loss(task, value, grad)]
         self._check_form(value, "a perturbed pass")
-        losses = _losses.read_losses(value, grad)
+        losses = _losses.read_losses(value, grad, wanted)
         found = []
         for i in wanted:
             loss = losses[i]
@@ -284,7 +287,7 @@ class Passes:
         torch.clear_autocast_cache()  # within an outer autocast it holds the parameters cast at another point
         try:
             with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching(), features:
-                if _losses.takes_task(forward.closure):
+                if forward.takes_task:
                     return forward.closure(*forward.arguments, task=task)
                 return forward.closure(*forward.arguments)
         finally:

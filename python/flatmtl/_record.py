@@ -36,8 +36,11 @@ def make(step: Step, pair: Tensor, weights_loss: Tensor, weights_flat: Tensor, s
                 norms = norms * math.nan
             cosine = (gramian / (norms[:, None] * norms)).clamp(-1.0, 1.0)  # NaN where a norm is 0
             record[f"norms_{family}"] = _spread(norms, at, total)
-            index = torch.tensor(at)
-            record[f"cosine_{family}"][index[:, None], index] = cosine
+            if count == total:
+                record[f"cosine_{family}"] = cosine
+            else:
+                index = torch.tensor(at)
+                record[f"cosine_{family}"][index[:, None], index] = cosine
             record[f"weights_{family}"] = _spread(weights, at, total)
             record[f"pareto_stationary_{family}"] = bool(status[k] == _ops.PARETO_STATIONARY)
     return record
@@ -76,6 +79,9 @@ def _empty(step: Step) -> dict[str, Any]:
 
 def _spread(values: Sequence[float] | Tensor, at: Sequence[int], total: int) -> Tensor:
     """`values` at the positions `at`, NaN elsewhere."""
+    found = torch.tensor(values, dtype=torch.float64) if not isinstance(values, Tensor) else values.double()
+    if len(at) == total:  # of all tasks, in their order
+        return found.clone() if found is values else found
     out = torch.full((total,), math.nan, dtype=torch.float64)
-    out[list(at)] = torch.as_tensor(values, dtype=torch.float64)
+    out[list(at)] = found
     return out

@@ -321,16 +321,19 @@ class Step:
             pair[:count, :count] = self.arithmetic.gramian(loss_rows, self.shared)
         elif self.summed:
             direct = self.arithmetic.gramian(perturbed_rows, self.shared)
-            for i, state in enumerate(self.present):
-                check_square(float(direct[i, i]), state.task, "perturbed")
+            for square, state in zip(direct.diagonal().tolist(), self.present, strict=True):
+                check_square(square, state.task, "perturbed")
         else:
             pair = self.arithmetic.gramian_pair(loss_rows, perturbed_rows, self.shared)
             if self.settings.combine == "direct":
                 direct = self.arithmetic.gramian(perturbed_rows, self.shared)
+        squares = pair.diagonal().tolist()
         for i, state in enumerate(self.present):
-            check_square(float(pair[i, i]), state.task, "unperturbed")
-            check_square(float(pair[count + i, count + i]), state.task, "perturbed")
+            check_square(squares[i], state.task, "unperturbed")
+            check_square(squares[count + i], state.task, "perturbed")
         unscale = self.loss_scale**-2.0
+        if unscale == 1.0:
+            return pair, direct
         return pair * unscale, None if direct is None else direct * unscale
 
     def _weights(self, pair: Tensor, direct: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
