@@ -247,17 +247,17 @@ static void widen_f16(const uint16_t *restrict x, int64_t n, float *restrict out
 }
 
 /* out may be s. */
-#define FM_DEFINE_DIFF(T, TYPE, VEC, ANY)                                                                         \
-  static void diff_##T(const TYPE *s, const TYPE *g, int64_t n, TYPE *out) {                                      \
-    enum { WIDTH = sizeof(VEC) / sizeof(TYPE) };                                                                  \
-    int64_t p = 0;                                                                                                \
-    for (; p + 2 * WIDTH <= n; p += 2 * WIDTH) {                                                                  \
-      const VEC first = *(const ANY *)(s + p) - *(const ANY *)(g + p);                                            \
-      const VEC second = *(const ANY *)(s + p + WIDTH) - *(const ANY *)(g + p + WIDTH);                           \
-      *(ANY *)(out + p) = first;                                                                                  \
-      *(ANY *)(out + p + WIDTH) = second;                                                                         \
-    }                                                                                                             \
-    for (; p < n; p++) out[p] = s[p] - g[p];                                                                      \
+#define FM_DEFINE_DIFF(T, TYPE, VEC, ANY)                                               \
+  static void diff_##T(const TYPE *s, const TYPE *g, int64_t n, TYPE *out) {            \
+    enum { WIDTH = sizeof(VEC) / sizeof(TYPE) };                                        \
+    int64_t p = 0;                                                                      \
+    for (; p + 2 * WIDTH <= n; p += 2 * WIDTH) {                                        \
+      const VEC first = *(const ANY *)(s + p) - *(const ANY *)(g + p);                  \
+      const VEC second = *(const ANY *)(s + p + WIDTH) - *(const ANY *)(g + p + WIDTH); \
+      *(ANY *)(out + p) = first;                                                        \
+      *(ANY *)(out + p + WIDTH) = second;                                               \
+    }                                                                                   \
+    for (; p < n; p++) out[p] = s[p] - g[p];                                            \
   }
 
 FM_DEFINE_DIFF(f32, float, fm_vf, fm_vf_any)
@@ -266,15 +266,15 @@ FM_DEFINE_DIFF(f64, double, fm_vd, fm_vd_any)
 /* Elements that are widened or narrowed together, in the first cache. */
 enum { FM_PIECE = 64 };
 
-#define FM_DEFINE_DIFF_HALF(T)                                                                                    \
-  static void diff_##T(const uint16_t *s, const uint16_t *g, int64_t n, float *out) {                             \
-    float wide[FM_PIECE];                                                                                         \
-    for (int64_t p = 0; p < n; p += FM_PIECE) {                                                                   \
-      const int64_t count = n - p < FM_PIECE ? n - p : FM_PIECE;                                                  \
-      widen_##T(g + p, count, wide);                                                                              \
-      widen_##T(s + p, count, out + p);                                                                           \
-      diff_f32(out + p, wide, count, out + p);                                                                    \
-    }                                                                                                             \
+#define FM_DEFINE_DIFF_HALF(T)                                                        \
+  static void diff_##T(const uint16_t *s, const uint16_t *g, int64_t n, float *out) { \
+    float wide[FM_PIECE];                                                             \
+    for (int64_t p = 0; p < n; p += FM_PIECE) {                                       \
+      const int64_t count = n - p < FM_PIECE ? n - p : FM_PIECE;                      \
+      widen_##T(g + p, count, wide);                                                  \
+      widen_##T(s + p, count, out + p);                                               \
+      diff_f32(out + p, wide, count, out + p);                                        \
+    }                                                                                 \
   }
 
 FM_DEFINE_DIFF_HALF(bf16)
