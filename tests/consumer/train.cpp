@@ -64,6 +64,10 @@ static double train() {
     // -- one closure a task
     optimizer.step({[&] { return losses(model, first)[0]; }, [&] { return losses(model, second)[1]; }});
     // -- end
+    // -- micro-batches
+    const std::vector<Batch> micro = {draw(), draw(), draw()};
+    optimizer.step([&](const Batch &part) { return losses(model, part); }, micro);
+    // -- end
     const Batch batch = draw();
     // -- the task wanted
     optimizer.step([&](std::optional<flatmtl::Task> task) {

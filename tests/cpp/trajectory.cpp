@@ -66,10 +66,78 @@ struct Trajectory {
         .combine(get<std::string>("combine"))
         .family_scale(get<std::string>("family_scale"))
         .replay_rng(get<bool>("replay_rng"))
+        .m_sharpness(get<bool>("m_sharpness"))
         .seed(get<int64_t>("seed"));
     if (norm) result.modules({norm});
     if (get<bool>("give_shared")) result.shared(std::vector<Tensor>{params[0], params[1]});
     return result;
+  }
+
+  void set(const std::vector<Tensor> &batch) {
+    x = batch[0];
+    targets.clear();
+    for (size_t i = 1; i < batch.size(); ++i) targets.push_back(batch[i].numel() > 0 ? batch[i] : Tensor());
+  }
+
+  std::vector<Tensor> all(std::optional<flatmtl::Task> task = std::nullopt) {
+    const Tensor h = trunk();
+    std::vector<Tensor> losses(3);
+    for (int64_t i = 0; i < 3; ++i)
+      if (!task || std::get<int64_t>(*task) == i) losses[i] = loss(i, h);
+    return losses;
+  }
+
+  Tensor stacked() {
+    const auto losses = all();
+    return torch::stack({losses[0].to(torch::kDouble), losses[1].to(torch::kDouble), losses[2]});
+  }
+
+  void step(flatmtl::FlatMTL &optimizer, const std::string &form) {
+    if (form == "closures") {
+      flatmtl::TaskClosures closures;
+      for (int64_t i = 0; i < 3; ++i) closures.push_back([this, i] { return loss(i, trunk()); });
+      optimizer.step(closures);
+    } else if (form == "task") {
+      optimizer.step([this](std::optional<flatmtl::Task> task) { return all(task); });
+    } else if (form == "stack") {
+      optimizer.step([this] { return stacked(); });
+    } else {
+      optimizer.step([this] { return all(); });
+    }
+  }
+
+  void step(flatmtl::FlatMTL &optimizer, const std::string &form, const std::vector<std::vector<Tensor>> &micro) {
+    using Batch = std::vector<Tensor>;
+    if (form == "closures") {
+      flatmtl::BatchTaskClosures<Batch> closures;
+      for (int64_t i = 0; i < 3; ++i)
+        closures.push_back([this, i](const Batch &batch) {
+          set(batch);
+          return loss(i, trunk());
+        });
+      optimizer.step(closures, micro);
+    } else if (form == "task") {
+      optimizer.step(
+          [this](const Batch &batch, std::optional<flatmtl::Task> task) {
+            set(batch);
+            return all(task);
+          },
+          micro);
+    } else if (form == "stack") {
+      optimizer.step(
+          [this](const Batch &batch) {
+            set(batch);
+            return stacked();
+          },
+          micro);
+    } else {
+      optimizer.step(
+          [this](const Batch &batch) {
+            set(batch);
+            return all();
+          },
+          micro);
+    }
   }
 
   Dict run() {
@@ -91,32 +159,13 @@ struct Trajectory {
     const std::string form = get<std::string>("form");
     const c10::IValue batches = in.at("batches");
     for (const c10::IValue &item : batches.toListRef()) {
-      const auto batch = tensors(item);
-      x = batch[0];
-      targets.clear();
-      for (size_t i = 1; i < batch.size(); ++i) targets.push_back(batch[i].numel() > 0 ? batch[i] : Tensor());
-      if (form == "closures") {
-        flatmtl::TaskClosures closures;
-        for (int64_t i = 0; i < 3; ++i) closures.push_back([this, i] { return loss(i, trunk()); });
-        optimizer.step(closures);
-      } else if (form == "task") {
-        optimizer.step([&](std::optional<flatmtl::Task> task) {
-          const Tensor h = trunk();
-          std::vector<Tensor> all(3);
-          for (int64_t i = 0; i < 3; ++i)
-            if (!task || std::get<int64_t>(*task) == i) all[i] = loss(i, h);
-          return all;
-        });
-      } else if (form == "stack") {
-        optimizer.step([&] {
-          const Tensor h = trunk();
-          return torch::stack({loss(0, h).to(torch::kDouble), loss(1, h).to(torch::kDouble), loss(2, h)});
-        });
+      if (get<int64_t>("micro") == 0) {
+        set(tensors(item));
+        step(optimizer, form);
       } else {
-        optimizer.step([&] {
-          const Tensor h = trunk();
-          return std::vector<Tensor>{loss(0, h), loss(1, h), loss(2, h)};
-        });
+        std::vector<std::vector<Tensor>> micro;
+        for (const c10::IValue &part : item.toListRef()) micro.push_back(tensors(part));
+        step(optimizer, form, micro);
       }
       losses.push_back(optimizer.last().losses);
       weights_loss.push_back(optimizer.last().weights_loss);

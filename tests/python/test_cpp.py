@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "aggregator": "cagrad", "values": [], "rho_shared": 0.05, "rho_task": 0.05, "adaptive": False, "eta": 0.0,
     "norm": "separate", "combine": "decomposed", "family_scale": "rms", "replay_rng": True, "seed": 0,
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
-    "dtype": torch.float32, "absent": False,
+    "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -52,6 +52,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "config": {"aggregator": "config"},
     "ntkmtl": {"aggregator": "ntkmtl", "values": [0.25]},
     "stacked losses": {"form": "stack", "momentum": 0.5},
+    "micro-batches": {"micro": 4, "dropout": 0.3, "batch_norm": True, "absent": True},
+    "micro-batches, one closure a task": {"micro": 2, "form": "closures", "batch_norm": True, "absent": True},
+    "micro-batches, closure with a task": {"micro": 3, "form": "task", "dropout": 0.2, "aggregator": "ntkmtl"},
+    "micro-batches, stacked, plain": {"micro": 4, "form": "stack", "rho_shared": 0.0, "rho_task": 0.0},
+    "m-sharpness": {"micro": 4, "m_sharpness": True, "dropout": 0.3, "batch_norm": True, "absent": True},
+    "m-sharpness, one closure a task": {"micro": 3, "m_sharpness": True, "form": "closures", "combine": "direct"},
     "shared given": {"give_shared": True, "batch_norm": True},
     "float64": {"dtype": torch.float64, "batch_norm": True},
     # torch's C++ SGD with momentum rounds differently from the Python one in bfloat16
@@ -87,9 +93,14 @@ def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
     s["batches"] = [
         [normal(16, 5) * 3, torch.randint(0, 3, (16,), generator=g), normal(16, 1), normal(16, 2)] for _ in range(5)
     ]
-    if s["absent"]:
-        s["batches"][1][2] = torch.empty(0)
-        s["batches"][3][1] = torch.empty(0)
+    if s["micro"]:
+        s["batches"] = [
+            [list(part) for part in zip(*(t.chunk(s["micro"]) for t in b), strict=True)] for b in s["batches"]
+        ]
+    if s["absent"]:  # from the first micro-batch alone
+        for batch, task in ((1, 2), (3, 1)):
+            first = s["batches"][batch][0] if s["micro"] else s["batches"][batch]
+            first[task] = torch.empty(0)
     return s
 
 
@@ -131,6 +142,18 @@ class Python:
             return lambda: torch.stack([loss.double() for loss in self.all()])
         return lambda: self.all()
 
+    def micro_closure(self) -> Any:
+        def at(batch: list[Tensor], function: Any, *arguments: Any) -> Any:
+            self.batch = batch
+            return function(*arguments)
+
+        if self.s["form"] == "closures":
+            return [lambda batch, i=i: at(batch, lambda: self.loss(i, self.trunk())) for i in range(3)]
+        if self.s["form"] == "task":
+            return lambda batch, task: at(batch, self.all, task)
+        closure = self.closure()
+        return lambda batch: at(batch, closure)
+
     def aggregator(self) -> flatmtl.Aggregator:
         name, values = self.s["aggregator"], self.s["values"]
         if not values:
@@ -148,14 +171,18 @@ class Python:
             sgd, aggregator=self.aggregator(), rho=(s["rho_shared"], s["rho_task"]), adaptive=s["adaptive"],
             eta=s["eta"], norm=s["norm"], combine=s["combine"], replay_rng=s["replay_rng"], seed=s["seed"],
             family_scale=None if s["family_scale"] == "none" else s["family_scale"],
-            shared=self.params[:2] if s["give_shared"] else None,
+            shared=self.params[:2] if s["give_shared"] else None, m_sharpness=s["m_sharpness"],
         )  # fmt: skip
         torch.manual_seed(11)
         kept: dict[str, list[Tensor]] = {
             k: [] for k in ("losses", "weights_loss", "weights_flat", "sharpness", "cosine_flat")
         }
-        for self.batch in s["batches"]:
-            optimizer.step(self.closure())
+        for batch in s["batches"]:
+            if s["micro"]:
+                optimizer.step(self.micro_closure(), batches=batch)
+            else:
+                self.batch = batch
+                optimizer.step(self.closure())
             for key, values in kept.items():
                 values.append(optimizer.last[key])
         buffers = [] if self.norm is None else list(self.norm.buffers())

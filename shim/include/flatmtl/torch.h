@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -49,6 +50,7 @@ class FlatMTL : public torch::optim::Optimizer {
   // Anything callable; a LossClosure, which may be empty, goes to the override.
   template <typename F>
   using enable_if_closure = std::enable_if_t<detail::is_closure<F> && !std::is_same_v<std::decay_t<F>, LossClosure>>;
+  using NamedLosses = torch::OrderedDict<std::string, torch::Tensor>;
 
  public:
   // The optimizer is kept by reference and must outlive this one.
@@ -75,9 +77,27 @@ class FlatMTL : public torch::optim::Optimizer {
   auto step(F &&closure) {
     return run(closure, true);
   }
-  std::vector<torch::Tensor> step(const TaskClosures &closures) { return run_each(closures, true); }
-  torch::OrderedDict<std::string, torch::Tensor> step(const NamedTaskClosures &closures) {
-    return run_each(closures, true);
+  std::vector<torch::Tensor> step(const TaskClosures &closures) {
+    return run_each(closures, detail::WithoutBatches(), true);
+  }
+  NamedLosses step(const NamedTaskClosures &closures) { return run_each(closures, detail::WithoutBatches(), true); }
+
+  // The same with micro-batches, for a batch that does not fit at once. The closure is called with each in turn, as
+  // closure(batch) or closure(batch, task), and both families of gradients are means over them, as are the losses: the
+  // step of the one large batch, where the losses are means over their examples, the micro-batches of one size, and the
+  // model has no BatchNorm. A task that is absent from some takes the mean over the others. std::invalid_argument if
+  // there are none.
+  template <typename F, typename Batch, typename = std::enable_if_t<detail::is_closure<F, const Batch &>>>
+  auto step(F &&closure, const std::vector<Batch> &batches) {
+    return run(closure, batches, true);
+  }
+  template <typename Batch>
+  std::vector<torch::Tensor> step(const BatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
+    return run_each(closures, detail::WithBatches<Batch>{&batches}, true);
+  }
+  template <typename Batch>
+  NamedLosses step(const NamedBatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
+    return run_each(closures, detail::WithBatches<Batch>{&batches}, true);
   }
 
   // Without a closure: applies .grad by the wrapped optimizer. With one, which returns one tensor: as above.
@@ -93,9 +113,23 @@ class FlatMTL : public torch::optim::Optimizer {
   auto backward(F &&closure) {
     return run(closure, false);
   }
-  std::vector<torch::Tensor> backward(const TaskClosures &closures) { return run_each(closures, false); }
-  torch::OrderedDict<std::string, torch::Tensor> backward(const NamedTaskClosures &closures) {
-    return run_each(closures, false);
+  std::vector<torch::Tensor> backward(const TaskClosures &closures) {
+    return run_each(closures, detail::WithoutBatches(), false);
+  }
+  NamedLosses backward(const NamedTaskClosures &closures) {
+    return run_each(closures, detail::WithoutBatches(), false);
+  }
+  template <typename F, typename Batch, typename = std::enable_if_t<detail::is_closure<F, const Batch &>>>
+  auto backward(F &&closure, const std::vector<Batch> &batches) {
+    return run(closure, batches, false);
+  }
+  template <typename Batch>
+  std::vector<torch::Tensor> backward(const BatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
+    return run_each(closures, detail::WithBatches<Batch>{&batches}, false);
+  }
+  template <typename Batch>
+  NamedLosses backward(const NamedBatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
+    return run_each(closures, detail::WithBatches<Batch>{&batches}, false);
   }
 
   // The record of the last step; its tensors are undefined before the first.
@@ -223,17 +257,24 @@ class FlatMTL : public torch::optim::Optimizer {
     for (size_t g = 0; g < groups.size(); ++g) param_groups_[g].params() = groups[g].params();
   }
 
-  template <typename F, typename Losses = typename detail::Returned<F>::type>
-  Losses run(F &function, bool apply_too) {
-    return LossTraits<Losses>::write(run_erased(detail::erase(function), apply_too));
+  template <typename F, typename R = detail::Returned<F>>
+  typename R::type run(F &function, bool apply_too) {
+    return LossTraits<typename R::type>::write(
+        run_erased(detail::erase<R>(function, detail::WithoutBatches()), apply_too));
+  }
+  template <typename F, typename Batch, typename R = detail::Returned<F, const Batch &>>
+  typename R::type run(F &function, const std::vector<Batch> &batches, bool apply_too) {
+    return LossTraits<typename R::type>::write(
+        run_erased(detail::erase<R>(function, detail::WithBatches<Batch>{&batches}), apply_too));
   }
 
-  std::vector<torch::Tensor> run_each(const TaskClosures &closures, bool apply_too) {
-    return run_erased(detail::erased(closures), apply_too).values;
+  template <typename F, typename Caller>
+  std::vector<torch::Tensor> run_each(const std::vector<std::function<F>> &closures, Caller caller, bool apply_too) {
+    return run_erased(detail::erase_each(closures, caller), apply_too).values;
   }
-  torch::OrderedDict<std::string, torch::Tensor> run_each(const NamedTaskClosures &closures, bool apply_too) {
-    return LossTraits<torch::OrderedDict<std::string, torch::Tensor>>::write(
-        run_erased(detail::erased(closures), apply_too));
+  template <typename F, typename Caller>
+  NamedLosses run_each(const std::vector<std::pair<std::string, F>> &closures, Caller caller, bool apply_too) {
+    return LossTraits<NamedLosses>::write(run_erased(detail::erase_each(closures, caller), apply_too));
   }
 
   TaskLosses run_erased(const detail::Closure &closure, bool apply_too) {

@@ -11,6 +11,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include <torch/ordered_dict.h>
@@ -142,66 +143,111 @@ using TaskClosure = std::function<torch::Tensor()>;
 using TaskClosures = std::vector<TaskClosure>;
 using NamedTaskClosures = std::vector<std::pair<std::string, TaskClosure>>;
 
+// The same, called with one micro-batch.
+template <typename Batch>
+using BatchTaskClosures = std::vector<std::function<torch::Tensor(const Batch &)>>;
+template <typename Batch>
+using NamedBatchTaskClosures = std::vector<std::pair<std::string, std::function<torch::Tensor(const Batch &)>>>;
+
 namespace detail {
 
-// Any closure. Either `all`, or `each`, one a task.
+// Any closure, called with the number of a micro-batch. Either `all`, or `each`, one a task.
 struct Closure {
-  std::function<TaskLosses(const std::optional<Task> &)> all;
+  std::function<TaskLosses(size_t, const std::optional<Task> &)> all;
   bool takes_task = false;
-  std::vector<std::pair<Task, TaskClosure>> each;
+  std::vector<std::pair<Task, std::function<torch::Tensor(size_t)>>> each;
   bool named = false;
+  size_t batches = 1;  // number of micro-batches
 };
 
-inline Closure erased(const TaskClosures &closures) {
+// Calls functions with the m-th micro-batch of a list, which is kept by reference.
+template <typename Batch>
+struct WithBatches {
+  const std::vector<Batch> *list;
+  size_t size() const { return list->size(); }
+  template <typename F, typename... Args>
+  auto call(F &function, size_t m, Args &&...args) const {
+    return function((*list)[m], std::forward<Args>(args)...);
+  }
+};
+
+// Calls functions without one.
+struct WithoutBatches {
+  size_t size() const { return 1; }
+  template <typename F, typename... Args>
+  auto call(F &function, size_t, Args &&...args) const {
+    return function(std::forward<Args>(args)...);
+  }
+};
+
+template <typename Caller>
+Closure empty_closure(const Caller &caller) {
+  if (caller.size() == 0) throw std::invalid_argument("batches is empty: expected at least one micro-batch");
   Closure result;
-  for (const auto &closure : closures) result.each.emplace_back(static_cast<int64_t>(result.each.size()), closure);
+  result.batches = caller.size();
   return result;
 }
 
-inline Closure erased(const NamedTaskClosures &closures) {
-  Closure result;
-  result.named = true;
-  for (const auto &closure : closures) result.each.emplace_back(closure.first, closure.second);
+template <typename F>
+std::pair<Task, F> named_closure(size_t place, const F &function) {
+  return {static_cast<int64_t>(place), function};
+}
+template <typename F>
+std::pair<Task, F> named_closure(size_t, const std::pair<std::string, F> &item) {
+  return {item.first, item.second};
+}
+
+// One closure a task: std::function objects, or pairs of a name and one. They are copied.
+template <typename Item, typename Caller>
+Closure erase_each(const std::vector<Item> &closures, Caller caller) {
+  if (closures.empty()) throw std::invalid_argument("closure is empty: expected one closure a task");
+  Closure result = empty_closure(caller);
+  for (const Item &item : closures) {
+    const auto closure = named_closure(result.each.size(), item);
+    if (!closure.second)
+      throw std::invalid_argument("closure[" + text(closure.first) + "] must be callable, but is an empty function");
+    result.named = std::holds_alternative<std::string>(closure.first);
+    result.each.emplace_back(closure.first, [call = closure.second, caller](size_t m) { return caller.call(call, m); });
+  }
   return result;
 }
 
-inline void check_closures(const Closure &closure) {
-  if (closure.each.empty()) throw std::invalid_argument("closure is empty: expected one closure a task");
-  for (const auto &item : closure.each)
-    if (!item.second)
-      throw std::invalid_argument("closure[" + text(item.first) + "] must be callable, but is an empty function");
-}
-
-template <typename F, typename = void>
-struct Returned {
-  using type = std::decay_t<std::invoke_result_t<F &>>;
+// What a closure of all tasks returns when called with Args: nothing, or a micro-batch.
+template <typename F, typename Enable, typename... Args>
+struct ReturnedBy {
+  using type = std::decay_t<std::invoke_result_t<F &, Args...>>;
   static constexpr bool takes_task = false;
 };
 
-// A closure with a parameter: std::nullopt in the unperturbed pass, the one task wanted in a perturbed pass.
-template <typename F>
-struct Returned<F, std::enable_if_t<!std::is_invocable_v<F &> && std::is_invocable_v<F &, std::optional<Task>>>> {
-  using type = std::decay_t<std::invoke_result_t<F &, std::optional<Task>>>;
+// A closure with one parameter more: std::nullopt in the unperturbed pass, the one task wanted in a perturbed pass.
+template <typename F, typename... Args>
+struct ReturnedBy<
+    F, std::enable_if_t<!std::is_invocable_v<F &, Args...> && std::is_invocable_v<F &, Args..., std::optional<Task>>>,
+    Args...> {
+  using type = std::decay_t<std::invoke_result_t<F &, Args..., std::optional<Task>>>;
   static constexpr bool takes_task = true;
 };
 
-template <typename F>
-constexpr bool is_closure = std::is_invocable_v<F &> || std::is_invocable_v<F &, std::optional<Task>>;
+template <typename F, typename... Args>
+using Returned = ReturnedBy<F, void, Args...>;
 
-template <typename F>
-Closure erase(F &function) {
-  using R = Returned<F>;
+template <typename F, typename... Args>
+constexpr bool is_closure = std::is_invocable_v<F &, Args...> || std::is_invocable_v<F &, Args..., std::optional<Task>>;
+
+// A closure of all tasks, by reference. R: what Returned says of it.
+template <typename R, typename F, typename Caller>
+Closure erase(F &function, Caller caller) {
   static_assert(LossTraits<typename R::type>::known,
                 "the closure must return the task losses as a std::vector<torch::Tensor>, a std::array of tensors, a "
                 "torch::OrderedDict or std::map from names to tensors, or one torch::Tensor (0-D or 1-D)");
-  Closure result;
+  Closure result = empty_closure(caller);
   result.takes_task = R::takes_task;
-  result.all = [&function](const std::optional<Task> &task) {
+  result.all = [&function, caller](size_t m, const std::optional<Task> &task) {
     if constexpr (R::takes_task) {
-      return LossTraits<typename R::type>::read(function(task));
+      return LossTraits<typename R::type>::read(caller.call(function, m, task));
     } else {
       (void)task;
-      return LossTraits<typename R::type>::read(function());
+      return LossTraits<typename R::type>::read(caller.call(function, m));
     }
   };
   return result;

@@ -192,5 +192,29 @@ inline std::string describe(const TaskLosses &container) {
   return "a list of " + std::to_string(container.values.size());
 }
 
+// The mean, task by task, of containers of detached losses; a task's absences are left out.
+inline TaskLosses mean_losses(const std::vector<TaskLosses> &containers) {
+  if (containers.size() == 1) return containers[0];
+  TaskLosses result = containers[0];
+  const bool vector = result.tensor.defined() && result.tensor.dim() == 1;
+  std::vector<torch::Tensor> means;
+  for (size_t t = 0; t < result.tasks.size(); ++t) {
+    std::vector<torch::Tensor> found;
+    for (const TaskLosses &container : containers) {
+      const torch::Tensor &tensor = container.tensor;
+      const torch::Tensor value = !tensor.defined() ? container.values[t]
+                                  : vector          ? tensor[static_cast<int64_t>(t)]
+                                                    : tensor;
+      if (value.defined()) found.push_back(value);
+    }
+    means.push_back(found.empty() ? torch::Tensor() : torch::stack(found).mean());
+  }
+  if (!result.tensor.defined())
+    result.values = means;
+  else
+    result.tensor = vector ? torch::stack(means) : means[0];
+  return result;
+}
+
 }  // namespace detail
 }  // namespace flatmtl

@@ -46,6 +46,8 @@ struct FlatMTLOptions {
   // Modules (torch::nn or torch::jit) whose buffers are to be protected. C++ has no hook that would find them: name
   // every module with BatchNorm or other buffers that the closure changes, the whole model usually.
   TORCH_ARG(std::vector<ProtectedModule>, modules);
+  // With micro-batches, perturb along the gradient of each instead of their mean.
+  TORCH_ARG(bool, m_sharpness) = false;
   // Draw the same random numbers (dropout) in every pass of a step.
   TORCH_ARG(bool, replay_rng) = true;
   // "raise" a NonFiniteError, or "skip" the step: everything is put back, .grad is undefined, last().skipped is true.

@@ -25,9 +25,9 @@ struct Roles {
 
   static Key key(const torch::Tensor &tensor) { return tensor.unsafeGetTensorImpl(); }
 
-  // After a step in which task i's loss reached the parameters reached[i].
-  std::unordered_map<Key, int64_t> grown(const std::vector<std::vector<Key>> &reached) const {
-    auto roles = of;
+  // `roles`, after task i's loss has reached the parameters reached[i] too.
+  std::unordered_map<Key, int64_t> grown(const std::vector<std::vector<Key>> &reached,
+                                         std::unordered_map<Key, int64_t> roles) const {
     for (size_t i = 0; i < reached.size(); ++i) {
       const auto task = static_cast<int64_t>(i);
       for (const Key p : reached[i]) {

@@ -3,35 +3,28 @@
 // that both give the same bits. Private.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
-#include <torch/autograd.h>
 #include <torch/types.h>
 
 #include "aggregator_state.h"
 #include "options.h"
-#include "point.h"
+#include "passes.h"
 #include "protect.h"
+#include "record.h"
 #include "roles.h"
 #include "task_state.h"
 
 namespace flatmtl {
 namespace detail {
-
-inline torch::Tensor or_zeros(const torch::Tensor &gradient, const torch::Tensor &parameter) {
-  return gradient.defined() ? gradient : torch::zeros_like(parameter);
-}
 
 // One step. `run` ends with `update` set and the parameters as they were; `rollback` undoes a step that failed.
 class Step {
@@ -46,7 +39,8 @@ class Step {
         state_(state),
         new_state_(state),
         draw_(draw),
-        slots_(buffers(options.modules())) {
+        slots_(buffers(options.modules())),
+        new_roles_(roles.of) {
     for (const auto &p : point_.params()) {
       flat_ = flat_ || p.rho_shared != 0.0 || p.rho_task != 0.0;
       old_grads_.push_back(p.tensor.grad());
@@ -55,14 +49,20 @@ class Step {
   }
 
   void run(const Closure &closure) {
-    unperturbed(closure);
-    const Snapshot after(slots_);
-    find_roles();
-    measure();
-    if (flat_) {
-      for (TaskState *state : present_) perturbed(closure, *state);
-      point_.restore();
-      after.restore();
+    passes_.emplace(closure, point_, options_, slots_);
+    Micro all(closure.batches);
+    for (size_t m = 0; m < all.size(); ++m) all[m] = m;
+    if (!(options_.m_sharpness() && flat_) || all.size() == 1) {
+      gradients(all);
+    } else {
+      std::vector<std::vector<TaskState>> parts;
+      for (const size_t m : all) {
+        gradients({m});
+        parts.push_back(tasks_);
+      }
+      tasks_ = mean(parts);
+      find_roles();
+      measure();
     }
     finish();
   }
@@ -70,7 +70,7 @@ class Step {
   // Everything as it was before the step, bit for bit.
   void rollback() {
     point_.rollback();
-    if (!passes_.empty()) passes_[0].restore();
+    if (passes_) passes_->rollback();
     for (size_t i = 0; i < tensors().size(); ++i) torch::Tensor(tensors()[i]).mutable_grad() = old_grads_[i];
   }
 
@@ -99,95 +99,30 @@ class Step {
   }
 
  private:
-  // -- passes -------------------------------------------------------------------------------------------------------
-
-  // Losses at theta, and g_i, h_i = d loss_i / d (theta, psi_i).
-  void unperturbed(const Closure &closure) {
-    if (!closure.all) {
-      check_closures(closure);
-      TaskLosses container;
-      if (closure.named) container.kind = TaskLosses::Kind::dict;
-      for (const auto &item : closure.each) {
-        const TaskClosure &call = item.second;
-        const torch::Tensor value = forward([&] { return call(); }, nullptr);
-        add_task(item.first, value.defined() ? std::optional<Loss>(read_loss(item.first, value)) : std::nullopt, false,
-                 true);
-        container.tasks.push_back(item.first);
-        container.values.push_back(value);
-      }
-      losses_ = container;
-    } else {
-      losses_ = forward([&] { return closure.all(std::nullopt); }, nullptr);
-      const auto losses = read_losses(losses_);
-      size_t count = losses.size();
-      while (count > 0 && !losses[count - 1]) --count;
-      for (size_t i = 0; i < losses.size(); ++i)
-        add_task(losses_.tasks[i], losses[i], i + 1 < count, losses.size() == 1);
-    }
-    form_ = describe(losses_);
-    for (size_t i = 0; i < losses_.values.size(); ++i)
-      if (losses_.values[i].defined()) losses_.values[i] = losses_.values[i].detach();
-    if (losses_.tensor.defined()) losses_.tensor = losses_.tensor.detach().clone();
-    point_.check_unchanged();
+  // Gradients of some micro-batches: unperturbed, and at points that are perturbed along them.
+  void gradients(const Micro &micro) {
+    tasks_ = passes_->unperturbed(micro);
+    losses_ = passes_->losses();
     for (const auto &state : tasks_)
-      if (state.loss) check_loss(state.task, state.loss->value, "unperturbed");
+      if (state.loss.defined()) check_loss(state.task, state.loss, "unperturbed");
     if (known_tasks_ && tasks() != *known_tasks_)
       throw std::runtime_error("closure returned losses of tasks " + text(tasks()) + ", but earlier steps had " +
                                text(*known_tasks_) + " (return None for a task that is absent from a batch)");
-  }
-
-  // Runs a closure: from where RNG and buffers stand, or, in a perturbed pass, from `start`.
-  template <typename F>
-  std::invoke_result_t<F &> forward(F call, const Snapshot *start) {
-    if (start)
-      start->restore(options_.replay_rng());
-    else
-      passes_.emplace_back(slots_);
-    torch::AutoGradMode enable_grad(true);
-    return call();
-  }
-
-  void add_task(const Task &task, const std::optional<Loss> &loss, bool retain_graph, bool alone) {
-    TaskState state;
-    state.task = task;
-    state.loss = loss;
-    state.pass = passes_.size() - 1;
-    if (loss) {
-      if (!(loss->separable || alone) && !roles_.fixed)
-        throw std::runtime_error(
-            "loss of task " + text(task) +
-            " is an element of a vector computed as a whole, so the graph does not tell which parameters it reaches. "
-            "Return the losses as separate scalars (or torch.stack of them), or name the shared parameters: "
-            "FlatMTL(..., shared=...)");
-      Indices all(tensors().size());
-      for (size_t i = 0; i < all.size(); ++i) all[i] = i;
-      state.grads = gradients(*loss, all, retain_graph);
+    const Snapshot after = passes_->snapshot();
+    find_roles();
+    measure();
+    if (!flat_) return;
+    for (size_t k = 0; k < present_.size(); ++k) {
+      move_along(*present_[k]);
+      passes_->perturbed(micro, present_[k], static_cast<size_t>(present_at_[k]));
+      point_.restore(present_[k]->own);  // the shared ones are overwritten by the next move
     }
-    tasks_.push_back(std::move(state));
+    point_.restore();
+    after.restore();
   }
 
-  // d loss / d tensors()[indices], in the layout of the parameters; undefined where not reached.
-  Row gradients(const Loss &loss, const Indices &indices, bool retain_graph) const {
-    if (indices.empty()) return {};
-    const auto &meta = loss.edge.function->input_metadata(loss.edge.input_nr);
-    const auto shape = shape_at(loss.edge).value_or(std::vector<int64_t>());
-    const torch::Tensor root = at::empty(shape, meta.options()), seed = at::full(shape, 1.0, meta.options());
-    torch::autograd::impl::set_gradient_edge(root, loss.edge);
-    Row found = torch::autograd::grad({root}, at(tensors(), indices), {seed}, retain_graph, /*create_graph=*/false,
-                                      /*allow_unused=*/true);
-    for (size_t k = 0; k < found.size(); ++k) {
-      const torch::Tensor &parameter = tensors()[indices[k]];
-      if (!found[k].defined()) continue;
-      if (found[k].layout() != torch::kStrided)
-        throw std::runtime_error("gradient of parameter " + params()[indices[k]].name +
-                                 " is sparse; dense gradients are required");
-      if (found[k].strides() != parameter.strides()) found[k] = torch::empty_like(parameter).copy_(found[k]);
-    }
-    return found;
-  }
-
-  // s_i, t_i: the gradients at (theta + eps_shared_i, psi_i + eps_own_i). Algorithm 1, steps 2 and 3.
-  void perturbed(const Closure &closure, TaskState &state) {
+  // Parameters to (theta + eps_shared_i, psi_i + eps_own_i). Algorithm 1, step 2.
+  void move_along(const TaskState &state) {
     Indices moved = shared_;
     moved.insert(moved.end(), state.own.begin(), state.own.end());
     double shared_scale = std::sqrt(state.sq_shared), own_scale = std::sqrt(state.sq_own);
@@ -198,43 +133,6 @@ class Step {
     for (const size_t i : shared_) scales.push_back(params()[i].rho_shared * shared_scale);
     for (const size_t i : state.own) scales.push_back(params()[i].rho_task * own_scale);
     point_.move(moved, point_.row(state.grads, moved), scales, options_.adaptive(), options_.eta());
-    const Loss loss = perturbed_loss(closure, state);
-    point_.check_unchanged();
-    Indices reached;
-    for (const size_t i : moved)
-      if (state.grads[i].defined()) reached.push_back(i);
-    const Row found = gradients(loss, reached, false);
-    Row grads(tensors().size());
-    for (size_t k = 0; k < reached.size(); ++k) grads[reached[k]] = found[k];
-    state.perturbed_loss = loss.value;
-    check_loss(state.task, loss.value, "perturbed");
-    for (const size_t i : state.own) state.own_perturbed.push_back(or_zeros(grads[i], tensors()[i]));
-    check_norm(sq_norm(state.own_perturbed, state.own, false), state.task, "perturbed");
-    for (const size_t i : shared_)
-      state.shared_perturbed.push_back(state.grads[i].defined() ? or_zeros(grads[i], tensors()[i]) : point_.zeros(i));
-    point_.restore(state.own);  // the shared ones are overwritten by the next perturbation
-  }
-
-  Loss perturbed_loss(const Closure &closure, const TaskState &state) {
-    const Snapshot &start = passes_[state.pass];
-    const size_t index = static_cast<size_t>(&state - tasks_.data());
-    if (!closure.all) {
-      const TaskClosure &call = closure.each[index].second;
-      const torch::Tensor value = forward([&] { return call(); }, &start);
-      if (!value.defined())
-        throw std::runtime_error("closure of task " + text(state.task) + " returned None in the perturbed pass only");
-      return read_loss(state.task, value);
-    }
-    const TaskLosses value = forward([&] { return closure.all(state.task); }, &start);
-    if (closure.takes_task && value.tensor.defined() && value.tensor.dim() == 0)
-      return read_loss(state.task, value.tensor);
-    const std::string form = describe(value);
-    if (form != form_)
-      throw std::runtime_error("closure returned " + form_ + " in the unperturbed pass, but " + form +
-                               " in a perturbed pass");
-    const auto loss = read_losses(value)[index];
-    if (!loss) throw std::runtime_error("loss of task " + text(state.task) + " is None in the perturbed pass only");
-    return *loss;
   }
 
   // -- roles, norms, weights ----------------------------------------------------------------------------------------
@@ -248,7 +146,9 @@ class Step {
         reached[t].push_back(Roles::key(tensors()[i]));
         hit[i] = true;
       }
-    new_roles_ = roles_.grown(reached);
+    new_roles_ = roles_.grown(reached, std::move(new_roles_));
+    shared_.clear();
+    for (auto &state : tasks_) state.own.clear();
     for (size_t i = 0; i < tensors().size(); ++i) {
       if (!hit[i]) continue;
       if (new_roles_.at(Roles::key(tensors()[i])) == SHARED) {
@@ -262,13 +162,15 @@ class Step {
 
   // Norms of the unperturbed gradients; which tasks are present.
   void measure() {
+    present_.clear();
+    present_at_.clear();
     for (auto &state : tasks_) {
-      if (!state.loss) continue;
+      if (!state.loss.defined()) continue;
       const Row shared = point_.row(state.grads, shared_), own = point_.row(state.grads, state.own);
       state.sq_shared = sq_norm(shared, shared_, options_.adaptive());
       state.sq_own = sq_norm(own, state.own, options_.adaptive());
       check_norm(state.sq_shared + state.sq_own, state.task, "unperturbed");
-      const bool absent = state.loss->value.item<double>() == 0.0 && sq_norm(shared, shared_, false) == 0.0;
+      const bool absent = state.loss.item<double>() == 0.0 && sq_norm(shared, shared_, false) == 0.0;
       if (absent && sq_norm(own, state.own, false) == 0.0) continue;
       present_.push_back(&state);
       present_at_.push_back(&state - tasks_.data());
@@ -281,7 +183,7 @@ class Step {
     std::vector<Row> loss, moved;
     for (const TaskState *state : present_) {
       loss.push_back(point_.row(state->grads, shared_));
-      if (flat_) moved.push_back(state->shared_perturbed);
+      if (flat_) moved.push_back(point_.row(state->perturbed, shared_));
     }
     torch::Tensor pair = torch::zeros({2 * count, 2 * count}, torch::kDouble), direct;
     std::vector<double> weights_loss(present_.size(), std::nan("")), weights_flat = weights_loss;
@@ -358,9 +260,9 @@ class Step {
     if (!shared_.empty()) point_.combine(shared_, loss, moved, weights_loss, weights_flat);
     for (const size_t i : shared_) update_[i] = out[i];
     for (const TaskState *state : present_)
-      for (size_t k = 0; k < state->own.size(); ++k) {
-        const size_t i = state->own[k];
-        const torch::Tensor &gradient = flat_ ? state->own_perturbed[k] : state->grads[i];
+      for (const size_t i : state->own) {
+        const Row &row = flat_ ? state->perturbed : state->grads;
+        const torch::Tensor &gradient = row[i].defined() ? row[i] : point_.zeros(i);
         if (update_[i].defined())  // only with shared(): an own parameter that several losses reach
           out[i].add_(gradient);
         else
@@ -376,16 +278,6 @@ class Step {
     return point_.sq_norm(row, indices, adaptive, options_.eta());
   }
 
-  static void check_norm(double square, const Task &task, const char *pass) {
-    if (!std::isfinite(square))
-      throw NonFiniteError(task, pass, "the gradient", square > 0.0 ? std::sqrt(square) : square);
-  }
-
-  static void check_loss(const Task &task, const torch::Tensor &loss, const char *pass) {
-    const double value = loss.item<double>();
-    if (!std::isfinite(value)) throw NonFiniteError(task, pass, "the loss", value);
-  }
-
   Point point_;
   const FlatMTLOptions &options_;
   const Roles &roles_;
@@ -394,16 +286,15 @@ class Step {
   AggregatorState new_state_;
   int64_t draw_;
   std::vector<ProtectedModule::Slot> slots_;
+  std::unordered_map<Roles::Key, int64_t> new_roles_;
   bool flat_ = false;
   Row old_grads_, update_;
-  std::vector<Snapshot> passes_;
+  std::optional<Passes> passes_;
   std::vector<TaskState> tasks_;
   std::vector<TaskState *> present_;
   std::vector<int64_t> present_at_;
   Indices shared_;
-  std::unordered_map<Roles::Key, int64_t> new_roles_;
   TaskLosses losses_;
-  std::string form_;
   Record record_;
 };
 

@@ -3,27 +3,86 @@
 
 #include <cmath>
 #include <cstdint>
-#include <optional>
+#include <utility>
 #include <vector>
 
-#include "losses.h"
 #include "point.h"
 #include "record.h"
 
 namespace flatmtl {
 namespace detail {
 
+// Rows have one tensor a parameter, undefined where the loss does not reach it. Both are means over micro-batches.
 struct TaskState {
   Task task;
-  std::optional<Loss> loss;
-  Row grads;             // one a parameter, undefined where not reached; empty without a loss
-  Indices own;           // its own parameters
-  Row own_perturbed;     // t_i
-  Row shared_perturbed;  // s_i
-  size_t pass = 0;       // which unperturbed pass it came from
-  torch::Tensor perturbed_loss;
-  double sq_shared = 0.0, sq_own = 0.0;  // squared norms, ASAM-weighted if adaptive
+  torch::Tensor loss;                    // 0-d, detached; undefined if the task is absent
+  Row grads;                             // g_i and h_i; empty without a loss
+  Row perturbed;                         // s_i and t_i; empty before the perturbed passes
+  torch::Tensor perturbed_loss;          // undefined before them
+  Indices own;                           // its own parameters
+  double sq_shared = 0.0, sq_own = 0.0;  // squared norms of g_i and h_i, ASAM-weighted if adaptive
+
+  // The parameters that the loss reaches.
+  Indices reached() const {
+    Indices result;
+    for (size_t i = 0; i < grads.size(); ++i)
+      if (grads[i].defined()) result.push_back(i);
+    return result;
+  }
 };
+
+// The mean of those that are defined; undefined if none is.
+inline torch::Tensor mean_of_defined(const std::vector<torch::Tensor> &values) {
+  std::vector<torch::Tensor> found;
+  for (const auto &value : values)
+    if (value.defined()) found.push_back(value);
+  return found.empty() ? torch::Tensor() : torch::stack(found).mean();
+}
+
+// The mean, parameter by parameter; a loss that does not reach one in some part has gradient 0 there.
+inline Row mean_row(const std::vector<Row> &rows) {
+  if (rows.size() == 1) return rows[0];
+  const auto count = static_cast<int64_t>(rows.size());
+  Row out;
+  for (const Row &row : rows) {
+    if (out.size() < row.size()) out.resize(row.size());
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (!row[i].defined()) continue;
+      if (out[i].defined())
+        out[i].add_(row[i], 1.0 / static_cast<double>(count));
+      else
+        out[i] = row[i] / count;  // not in place: autograd may hand out one tensor twice
+    }
+  }
+  return out;
+}
+
+// Means of losses and gradients over parts of the batch, each task's over the parts where it is present.
+inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &parts) {
+  if (parts.size() == 1) return parts[0];
+  std::vector<TaskState> means;
+  for (size_t t = 0; t < parts[0].size(); ++t) {
+    std::vector<torch::Tensor> losses, perturbed_losses;
+    std::vector<Row> grads, perturbed;
+    for (const auto &part : parts) {
+      if (!part[t].loss.defined()) continue;
+      losses.push_back(part[t].loss);
+      perturbed_losses.push_back(part[t].perturbed_loss);
+      grads.push_back(part[t].grads);
+      perturbed.push_back(part[t].perturbed);
+    }
+    TaskState state;
+    state.task = parts[0][t].task;
+    if (!losses.empty()) {
+      state.loss = mean_of_defined(losses);
+      state.perturbed_loss = mean_of_defined(perturbed_losses);
+      state.grads = mean_row(grads);
+      state.perturbed = mean_row(perturbed);
+    }
+    means.push_back(std::move(state));
+  }
+  return means;
+}
 
 inline torch::Tensor undefined(at::IntArrayRef sizes) {
   return torch::full(sizes, std::nan(""), torch::kDouble);
@@ -45,9 +104,9 @@ inline Record empty_record(const std::vector<TaskState> &tasks) {
   for (int64_t i = 0; i < total; ++i) {
     const TaskState &state = tasks[static_cast<size_t>(i)];
     record.tasks.push_back(state.task);
-    if (!state.loss) continue;
+    if (!state.loss.defined()) continue;
     with_loss.push_back(i);
-    values.push_back(state.loss->value.item<double>());
+    values.push_back(state.loss.item<double>());
   }
   record.losses = spread(torch::tensor(values, torch::kDouble), with_loss, total);
   for (auto *vector : {&record.perturbed_losses, &record.sharpness, &record.norms_loss, &record.norms_flat,
