@@ -3,6 +3,10 @@
 #include <array>
 #include <cmath>
 
+#ifdef __SSE2__
+#include <xmmintrin.h>
+#endif
+
 #include "catch.h"
 #include "support.h"
 
@@ -193,6 +197,58 @@ TEST_CASE("Every half precision number widens exactly and rounds to the nearest,
   }
   flatmtl_select_isa(before.c_str(), nullptr);
 }
+
+TEST_CASE("NaN becomes the quiet NaN of its sign") {
+  const std::string before = flatmtl_isa();
+  for (const auto &isa : instruction_sets()) {
+    flatmtl_select_isa(isa.c_str(), nullptr);
+    for (auto dtype : {FLATMTL_F16, FLATMTL_BF16}) {
+      const uint16_t infinity = dtype == FLATMTL_F16 ? 0x7c00 : 0x7f80, quiet = dtype == FLATMTL_F16 ? 0x7e00 : 0x7fc0;
+      std::vector<uint16_t> nans, expected;
+      for (uint32_t sign : {0u, 0x8000u})
+        for (uint32_t bits = infinity + 1u; bits < 0x8000u; bits++) {
+          nans.push_back(static_cast<uint16_t>(bits | sign));
+          expected.push_back(static_cast<uint16_t>(quiet | sign));
+        }
+      const int64_t n = static_cast<int64_t>(nans.size());
+      std::vector<uint16_t> out(nans.size());
+      const void *data[] = {nans.data()};
+      void *target[] = {out.data()};
+      const flatmtl_rows rows = {dtype, 1, 1, &n, data};
+      const flatmtl_vector vector = {dtype, 1, &n, target};
+      Context context(1);
+      const double one = 1.0;
+      REQUIRE(flatmtl_combine(context, &rows, &one, &vector, nullptr) == FLATMTL_OK);
+      REQUIRE(out == expected);
+    }
+  }
+  flatmtl_select_isa(before.c_str(), nullptr);
+}
+
+#ifdef __SSE2__
+TEST_CASE("Subnormal results in BF16 do not depend on the flushing of subnormal numbers") {
+  const std::string before = flatmtl_isa();
+  for (const auto &isa : instruction_sets()) {
+    flatmtl_select_isa(isa.c_str(), nullptr);
+    Rows g(FLATMTL_BF16, 1, {300});
+    for (int64_t p = 0; p < 300; p++) g.set(0, p, std::ldexp(1.0 + static_cast<double>(p) / 512.0, -100));
+    const auto gr = g.rows();
+    Context context(1);
+    const double tiny = 0x1p-28;  // 2^-128 and more: above the least number, 2^-133
+    Rows kept(FLATMTL_BF16, 1, {300}), flushed(FLATMTL_BF16, 1, {300});
+    const auto k = kept.vector(), f = flushed.vector();
+    REQUIRE(flatmtl_combine(context, &gr, &tiny, &k, nullptr) == FLATMTL_OK);
+    const unsigned int mode = _mm_getcsr();
+    _mm_setcsr(mode | 0x8040u);  // flush to zero, subnormal numbers are zeros
+    const flatmtl_status status = flatmtl_combine(context, &gr, &tiny, &f, nullptr);
+    _mm_setcsr(mode);
+    REQUIRE(status == FLATMTL_OK);
+    REQUIRE(kept.get(0, 0) == 0x1p-128);
+    REQUIRE(kept.bytes == flushed.bytes);
+  }
+  flatmtl_select_isa(before.c_str(), nullptr);
+}
+#endif
 
 TEST_CASE("Non-finite rows are named, and nothing else is disturbed") {
   for (auto dtype : dtypes)
