@@ -1,6 +1,8 @@
 // Every function refuses every wrong argument by a status that names it, and writes to nothing but *error.
+#include <algorithm>
 #include <cmath>
 #include <functional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -338,6 +340,44 @@ TEST_CASE("Tables that differ, and outputs that overlap, are refused by every ke
   CHECK(flatmtl_step_init(a.memory, a.bytes, &problem, &a.settings, &a.other, &error) == FLATMTL_ERROR_OVERLAP);
   CHECK(flatmtl_loss_weights(a.context, FLATMTL_WEIGHTING_UW, nullptr, 0, 2, a.losses, nullptr, a.state, a.losses,
                              &error) == FLATMTL_ERROR_OVERLAP);
+}
+
+TEST_CASE("An overlap is found wherever it is among many scattered segments", "[errors]") {
+  const int64_t count = 700, length = 8;  // more than fit in one batch without scratch memory
+  std::vector<float> memory(static_cast<size_t>(4 * count * length));
+  std::vector<int64_t> lengths(count, length);
+  std::mt19937_64 random(11);
+  std::vector<size_t> place(2 * count);
+  for (size_t i = 0; i < place.size(); i++) place[i] = i;
+  std::shuffle(place.begin(), place.end(), random);
+  std::vector<void *> to(count);
+  std::vector<const void *> from(count);
+  const auto lay_out = [&](bool in_order) {
+    for (int64_t t = 0; t < count; t++) {
+      to[t] = memory.data() + (in_order ? static_cast<size_t>(2 * t) : place[t]) * 2 * length;
+      from[t] = memory.data() + (in_order ? static_cast<size_t>(2 * t + 1) : place[count + t]) * 2 * length;
+    }
+  };
+  Context context(1);
+  const flatmtl_vector out = {FLATMTL_F32, count, lengths.data(), to.data()};
+  const flatmtl_rows in = {FLATMTL_F32, 1, count, lengths.data(), from.data()};
+  flatmtl_error error{};
+  lay_out(false);
+  REQUIRE(flatmtl_copy(context, &out, &in, &error) == FLATMTL_OK);
+  for (int trial = 0; trial < 300; trial++) {
+    lay_out(trial % 4 < 2);
+    const int64_t a = static_cast<int64_t>(random() % count),
+                  b = trial % 4 == 0 ? a : static_cast<int64_t>(random() % count);
+    const int64_t shift = static_cast<int64_t>(random() % (2 * length - 1)) - (length - 1);  // by one element at least
+    auto *target = static_cast<float *>(to[a]);
+    const int among_outputs = trial % 2;
+    if (among_outputs && a == b) continue;
+    if (target + shift < memory.data()) continue;
+    (among_outputs ? to[b] : const_cast<void *&>(from[b])) = target + shift;
+    CAPTURE(trial, a, b, shift);
+    REQUIRE(flatmtl_copy(context, &out, &in, &error) == FLATMTL_ERROR_OVERLAP);
+    if (!among_outputs) REQUIRE(error.segment == b);
+  }
 }
 
 TEST_CASE("Names and numbers that do not exist are refused", "[errors]") {

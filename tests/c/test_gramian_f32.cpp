@@ -80,6 +80,33 @@ TEST_CASE("The worst rows stay within the stated bound") {
   REQUIRE(distance(fast, slow, k) > 1e-8);
 }
 
+TEST_CASE("A fused multiply-add is rounded once, also where F64 would round it to a tie between two F32") {
+  // In a lane: 1 (1 + u) first, u = 2^-23, then 2^-24 (1 + u) (1 - u). The exact sum lies 2^-70 below the middle
+  // between two F32. F64 cannot tell it from the middle, whose even neighbour is 1 + 2 u.
+  const std::string before = flatmtl_isa();
+  const int32_t k = 6;
+  const int64_t block = 512, n = 256 * block;
+  const double u = 0x1p-23;
+  Rows rows(FLATMTL_F32, k, {n});
+  rows.fill(4);
+  for (int32_t i = 0; i < 2; i++)
+    for (int64_t p = 0; p < n; p++) rows.set(i, p, 0.0);
+  for (int64_t p = 0; p < n; p += block)
+    for (int64_t l = 0; l < 16; l++) {
+      rows.set(0, p + l, 1.0);
+      rows.set(1, p + l, 1.0 + u);
+      rows.set(0, p + 16 + l, 0x1p-12 * (1.0 + u));
+      rows.set(1, p + 16 + l, 0x1p-12 * (1.0 - u));
+      rows.set(1, p + 32 + l, l % 2 ? 1.0 : -1.0);  // so that the two rows are independent
+    }
+  for (const auto &isa : instruction_sets()) {
+    REQUIRE(flatmtl_select_isa(isa.c_str(), nullptr) == FLATMTL_OK);
+    CAPTURE(isa);
+    REQUIRE(gramian(rows)[1] == static_cast<double>(n / block) * 16.0 * (1.0 + u));
+  }
+  flatmtl_select_isa(before.c_str(), nullptr);
+}
+
 TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or the segments") {
   const std::string before = flatmtl_isa();
   const int64_t n = LONG;
