@@ -1,5 +1,7 @@
 // The step against closed forms, against the C state machine, and against torch's optimizer alone.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "support.h"
 
@@ -105,6 +107,31 @@ TEST_CASE("Combinations and norms follow their equations", "[step]") {
     CHECK(close(q.theta.grad(), q.g(0) * (1.0 + 0.1 * q.a[0] / norm)));
     CHECK_FALSE(q.psi[1].grad().defined());  // not reached: left alone
   }
+}
+
+TEST_CASE("max_norm bounds each family, or the whole update", "[step]") {
+  Quadratics q;
+  torch::optim::SGD sgd(q.params(), 0.5);
+  const auto update = [&](flatmtl::FlatMTLOptions options) {
+    flatmtl::FlatMTL optimizer(sgd, options.rho(0.2));
+    optimizer.backward([&] { return q.losses(); });
+    CHECK(close(q.psi[0].grad(), options.rho().task == 0.0 ? q.h(0) : q.t(0, 0.2)));  // own ones are not clipped
+    return copy_of(q.theta.grad());
+  };
+  const auto clipped = [](const Tensor &x, double norm) { return x * std::min(1.0, norm / x.norm().item<double>()); };
+  const Tensor g = q.g(0) + q.g(1), f = q.s(0, 0.2) + q.s(1, 0.2) - g;
+  // |f| < 0.45 < |g|
+  REQUIRE(f.norm().item<double>() < 0.45);
+  REQUIRE(g.norm().item<double>() > 0.45);
+  CHECK(close(update(raw("sum").max_norm(0.45)), clipped(g, 0.45) + f));
+  CHECK(close(update(raw("sum").max_norm(0.1)), clipped(g, 0.1) + clipped(f, 0.1)));
+  CHECK(close(update(raw("sum").max_norm(0.1).combine("direct")), clipped(g + f, 0.1)));
+  CHECK(close(update(raw("sum").max_norm(0.1).combine("second")), clipped(g + f, 0.1)));
+  CHECK(same_bits(update(raw("sum").max_norm(1e3)), update(raw("sum"))));
+  for (const double bad : {0.0, -1.0, std::numeric_limits<double>::infinity(), std::nan("")})
+    CHECK(message<std::invalid_argument>([&] {
+            flatmtl::FlatMTL(sgd, raw("sum").max_norm(bad));
+          }).find("Invalid max_norm: ") == 0);
 }
 
 TEST_CASE("The step is that of the C state machine, bit for bit", "[step]") {

@@ -68,6 +68,7 @@ struct Trajectory {
         .replay_rng(get<bool>("replay_rng"))
         .m_sharpness(get<bool>("m_sharpness"))
         .seed(get<int64_t>("seed"));
+    if (get<double>("max_norm") > 0.0) result.max_norm(get<double>("max_norm"));
     if (norm) result.modules({norm});
     if (get<bool>("give_shared")) result.shared(std::vector<Tensor>{params[0], params[1]});
     return result;

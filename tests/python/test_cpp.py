@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "norm": "separate", "combine": "decomposed", "family_scale": "rms", "replay_rng": True, "seed": 0,
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
     "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
+    "max_norm": 0.0,
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -58,6 +59,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "micro-batches, stacked, plain": {"micro": 4, "form": "stack", "rho_shared": 0.0, "rho_task": 0.0},
     "m-sharpness": {"micro": 4, "m_sharpness": True, "dropout": 0.3, "batch_norm": True, "absent": True},
     "m-sharpness, one closure a task": {"micro": 3, "m_sharpness": True, "form": "closures", "combine": "direct"},
+    "max_norm": {"max_norm": 0.05},
+    "max_norm, direct": {"max_norm": 0.05, "combine": "direct"},
+    "max_norm, second": {"max_norm": 0.05, "combine": "second"},
+    "max_norm, plain": {"max_norm": 0.05, "rho_shared": 0.0, "rho_task": 0.0},
     "shared given": {"give_shared": True, "batch_norm": True},
     "float64": {"dtype": torch.float64, "batch_norm": True},
     # torch's C++ SGD with momentum rounds differently from the Python one in bfloat16
@@ -172,6 +177,7 @@ class Python:
             eta=s["eta"], norm=s["norm"], combine=s["combine"], replay_rng=s["replay_rng"], seed=s["seed"],
             family_scale=None if s["family_scale"] == "none" else s["family_scale"],
             shared=self.params[:2] if s["give_shared"] else None, m_sharpness=s["m_sharpness"],
+            max_norm=s["max_norm"] or None,
         )  # fmt: skip
         torch.manual_seed(11)
         kept: dict[str, list[Tensor]] = {

@@ -41,6 +41,9 @@ struct FlatMTLOptions {
   // "rms": a family of gradients is divided by its root mean square norm before A and multiplied afterwards; "none":
   // the raw method (None in Python).
   TORCH_ARG(std::string, family_scale) = "rms";
+  // Clips the combined gradient of the shared parameters to this norm, > 0: each family's with combine "decomposed",
+  // else the whole.
+  TORCH_ARG(std::optional<double>, max_norm);
   // Parameters that are shared, instead of finding them. Every other parameter is own.
   TORCH_ARG(std::optional<std::vector<torch::Tensor>>, shared);
   // Modules (torch::nn or torch::jit) whose buffers are to be protected. C++ has no hook that would find them: name
@@ -102,6 +105,9 @@ inline void FlatMTLOptions::check() const {
   detail::norm_number(norm_);
   detail::combine_number(combine_);
   detail::family_scale_number(family_scale_);
+  if (max_norm_ && !(*max_norm_ > 0.0 && std::isfinite(*max_norm_)))
+    throw std::invalid_argument("Invalid max_norm: " + detail::text(*max_norm_) +
+                                " (expected None or a finite number > 0)");
   detail::choice("nonfinite", nonfinite_, {"raise", "skip"});
   if (seed_ < 0 || seed_ >= int64_t{1} << 53)
     throw std::invalid_argument("Invalid seed: " + std::to_string(seed_) + " (expected an integer in [0, 2^53))");

@@ -16,6 +16,7 @@
 #include <torch/types.h>
 
 #include "aggregator_state.h"
+#include "clip.h"
 #include "options.h"
 #include "passes.h"
 #include "protect.h"
@@ -191,6 +192,10 @@ class Step {
     if (!shared_.empty() && count > 0) {
       std::tie(pair, direct) = gramians(loss, moved);
       weights(pair, direct, &weights_loss, &weights_flat, status);
+      if (options_.max_norm()) {
+        const bool families = !flat_ || options_.combine() == "decomposed";
+        clip(&weights_loss, &weights_flat, pair, direct, *options_.max_norm(), families);
+      }
       if (!flat_) weights_flat.assign(present_.size(), std::nan(""));
     }
     combine(loss, moved, weights_loss, weights_flat);
