@@ -18,7 +18,7 @@ from torch import Tensor
 from . import _buckets, _losses, _sharded
 from ._agreement import Agreement
 from ._task import TaskState
-from ._wrappers import Wrappers
+from ._wrappers import Wrappers, refuse_fsdp1
 
 if TYPE_CHECKING:
     from ._task import Parameter
@@ -282,6 +282,7 @@ def _like(value: float, loss: Tensor | None) -> Tensor:
 
 def connect(sync: str | None, process_group: Any, m_sharpness: bool, params: Sequence[Tensor]) -> Alone:
     """What `FlatMTL(sync=, process_group=)` asks for, when the first step begins."""
+    refuse_fsdp1(params)
     sharded = [p for p in params if _sharded.is_sharded(p)]
     if sharded and sync in ("local", None):
         raise ValueError(f"sync={sync!r}: parameters are DTensors, whose gradients are of all ranks: use sync='exact'")

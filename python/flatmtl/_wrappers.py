@@ -4,6 +4,7 @@ and SyncBatchNorm."""
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,6 +68,23 @@ class Wrappers:
         """Gathered copies of the parameters are given up, so that the next pass gathers them as they are then."""
         for module in self.fsdp:
             module.reshard()
+
+
+def refuse_fsdp1(params: Sequence[Tensor]) -> None:
+    """TypeError if a FullyShardedDataParallel holds one of the parameters: it reduces gradients in hooks that gradients
+    of single tasks do not call."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    if module is None:
+        return
+    wanted = {id(p) for p in params}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), module.FullyShardedDataParallel) and any(
+            id(p) in wanted for p in thing.parameters()
+        ):
+            raise TypeError(
+                "parameters are held by torch's FullyShardedDataParallel (FSDP1), whose gradients of single tasks cannot "
+                "be had: use torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
 
 
 def _fsdp_class() -> type:

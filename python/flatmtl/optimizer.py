@@ -344,10 +344,15 @@ class FlatMTL(Optimizer):
     def _backward(
         self, closure: Any, batches: Iterable[Any] | None, validation: Any, grad_scaler: Any, interrupt: HeldInterrupt
     ) -> Any:
+        ranks = self._connected()
+        with ranks.step():
+            return self._backward_on(ranks, closure, batches, validation, grad_scaler, interrupt)
+
+    def _connected(self) -> Alone:
+        """What `sync` comes to, settled at the first call."""
         if self._ranks is None:
             self._ranks = connect(self.sync, self.process_group, self.settings.m_sharpness, self._all_tensors())
-        with self._ranks.step():
-            return self._backward_on(self._ranks, closure, batches, validation, grad_scaler, interrupt)
+        return self._ranks
 
     def _backward_on(
         self, ranks: Alone, closure: Any, batches: Iterable[Any] | None, validation: Any, grad_scaler: Any,

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -201,6 +201,14 @@ def refused(rank: int, size: int) -> None:
     for sync in ("local", None):
         with pytest.raises(ValueError, match=rf"sync={sync!r}: parameters are DTensors"):
             make(model, sync=sync).step(closure_of(model, *batch()))
+    old = FullyShardedDataParallel(two_heads(), use_orig_params=True, device_id=torch.device("cpu"))
+    before = [p.detach().clone() for p in old.parameters()]
+    for options in ({}, {"sync": "exact"}, {"sync": None}):
+        with pytest.raises(
+            TypeError, match=r"FullyShardedDataParallel \(FSDP1\).*use torch.distributed.fsdp.fully_shard"
+        ):
+            make(old, **options).step(closure_of(old, *batch()))
+    assert all(torch.equal(a, b) for a, b in zip(before, old.parameters(), strict=True))
     dist.barrier()
     assert same_bits(*shards(two_heads()))
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 accelerate = pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState  # noqa: E402
 from flatmtl.integrations.accelerate import backward  # noqa: E402
 
 
@@ -133,3 +133,21 @@ def test_errors() -> None:
     flat = accelerator.prepare(digits.flat(model))
     with pytest.raises(RuntimeError, match="gradient_accumulation_steps is 2; call backward"):
         backward(accelerator, flat, lambda: [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("DEEPSPEED", "Accelerate's DEEPSPEED is not supported: its backward pass takes one loss"),
+        ("FSDP", "FSDP version 1 is not supported: set fsdp_version=2"),
+    ],
+)
+def test_engines_are_refused(kind: str, message: str) -> None:
+    """Neither runs here: an accelerator that says it is one."""
+
+    class Engine:
+        distributed_type = DistributedType[kind]
+        is_fsdp2 = False
+
+    with pytest.raises(RuntimeError, match=message):
+        backward(Engine(), digits.flat(digits.net()), lambda: [])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._sync import Alone
 from ..optimizer import FlatMTL
 
 
@@ -30,6 +31,30 @@ def unwrapped(optimizer: Any, where: str) -> FlatMTL:
 def refuse(condition: bool, message: str) -> None:
     if condition:
         raise RuntimeError(f"flatmtl: {message}")
+
+
+def check_processes(optimizer: FlatMTL, processes: int, wrap: str) -> None:
+    """RuntimeError if there are several processes that would train each for itself, though nobody said `sync=None`.
+
+    Args:
+        wrap: what wraps the model in DDP, for the message.
+    """
+    if processes > 1 and optimizer.sync == "auto" and type(optimizer._connected()) is Alone:
+        optimizer._ranks = None  # to be settled anew, when the model is wrapped
+        refuse(
+            True,
+            f"there are {processes} processes, but no DistributedDataParallel holds the optimizer's parameters, and each "
+            f"would train for itself; {wrap}, or say FlatMTL(..., sync='exact')",
+        )
+
+
+def check_accelerator(accelerator: Any, optimizer: FlatMTL, wrap: str) -> None:
+    """As `check_processes`, for an `accelerate.Accelerator`; and RuntimeError for the engines that own the backward."""
+    kind = str(accelerator.distributed_type.value)
+    engine = kind in ("DEEPSPEED", "MEGATRON_LM", "XLA")
+    refuse(engine, f"Accelerate's {kind} is not supported: its backward pass takes one loss")
+    refuse(kind == "FSDP" and not accelerator.is_fsdp2, "FSDP version 1 is not supported: set fsdp_version=2")
+    check_processes(optimizer, accelerator.num_processes, wrap)
 
 
 def total(losses: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 `accelerator.prepare` takes a FlatMTL as any optimizer. What `accelerator.backward(loss)` is for one loss, `backward` is
 for the task losses; `accelerator.clip_grad_norm_`, `optimizer.step()`, schedulers, `save_state` and `load_state` follow
-as usual.
+as usual. In several processes `accelerator.prepare` wraps the model in DDP, and FlatMTL averages over them (`sync="auto"`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..optimizer import FlatMTL
-from ._common import refuse, unwrapped
+from ._common import check_accelerator, refuse, unwrapped
 
 _micro_batches: WeakKeyDictionary[FlatMTL, list[Any]] = WeakKeyDictionary()
 
@@ -38,12 +38,13 @@ def backward(accelerator: Any, optimizer: Any, closure: Any, batch: Any = None) 
         The losses, as `FlatMTL.step`; None while micro-batches are gathered.
 
     Raises:
-        RuntimeError: more than one process; `gradient_accumulation_steps` without `batch`.
+        RuntimeError: `gradient_accumulation_steps` without `batch`; several processes, but the model was not prepared;
+            DeepSpeed, Megatron-LM, XLA, or FSDP version 1.
         TypeError: the optimizer is not a FlatMTL.
     """
     flat = unwrapped(optimizer, "optimizer")
-    processes, steps = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    refuse(processes != 1, f"flatmtl.integrations.accelerate works in one process, but there are {processes}")
+    check_accelerator(accelerator, flat, "give the model to accelerator.prepare")
+    steps = accelerator.gradient_accumulation_steps
     if batch is None:
         refuse(steps != 1, f"gradient_accumulation_steps is {steps}; call backward(..., closure, batch) then")
         return flat.backward(closure, accelerator.scaler)

@@ -5,6 +5,8 @@ F-MTL needs the task losses apart and evaluates them several times, so `FlatMTLM
 `training_step` and turns `zero_grad` and `backward` off; clipping, hooks, precision plugins, schedulers, callbacks and
 checkpoints work as they do with any optimizer.
 
+In several processes (`Trainer(strategy="ddp")`, or a ModelParallelStrategy with FSDP2) FlatMTL averages over them.
+
 In manual optimization nothing is needed but `self.optimizers().step(closure)`; to clip in between there is `apply`.
 """
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..optimizer import FlatMTL
-from ._common import refuse, total, unwrapped
+from ._common import check_processes, refuse, total, unwrapped
 
 _OVERRIDDEN = "{0} of the LightningModule is overridden; it must call super().{0}(...)"
 
@@ -30,7 +32,8 @@ class FlatMTLMixin:
     `FlatMTL.step` does. It is evaluated K + 1 times a step, so `self.log` counts in the first pass only, and what else
     may happen only once belongs behind `if not self.perturbed_pass:`. `training_step` gives the sum of the losses as
     "loss", and the losses as "losses", to `on_train_batch_end`. With `accumulate_grad_batches` all passes are made at
-    the last micro-batch, as `FlatMTL.step(closure, batches=...)` does; at the others there is no loss yet.
+    the last micro-batch, as `FlatMTL.step(closure, batches=...)` does; at the others there is no loss yet (several
+    processes: a "loss" of 0, which Lightning asks for).
 
     >>> class Net(FlatMTLMixin, lightning.LightningModule):
     ...     def training_losses(self, batch, batch_idx):
@@ -70,7 +73,8 @@ class FlatMTLMixin:
         batches.append((batch, batch_idx))
         if not self._stepping:  # Lightning gathers micro-batches; the passes are made at the last one
             refuse(len(batches) >= trainer.accumulate_grad_batches, _OVERRIDDEN.format("optimizer_step"))
-            return None
+            # None in several processes is an error of Lightning's
+            return None if trainer.world_size == 1 else {"loss": torch.zeros((), device=self.device)}  # type: ignore[attr-defined]
         self._micro_batches = []
         plugin = trainer.precision_plugin
         seen = set()
@@ -95,7 +99,7 @@ class FlatMTLMixin:
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Does nothing: the gradients are there."""
         refuse(
-            any(p.grad is None for p in self._kept),
+            self._stepping and any(p.grad is None for p in self._kept),
             _OVERRIDDEN.format("optimizer_zero_grad") + " and not clear the gradients",
         )
 
@@ -123,9 +127,12 @@ class FlatMTLMixin:
             "FlatMTLMixin is for automatic optimization; in manual optimization leave it out and call "
             "self.optimizers().step(closure)",
         )
-        refuse(trainer.world_size != 1, f"FlatMTLMixin works in one process, but the trainer has {trainer.world_size}")
+        strategy = type(trainer.strategy).__name__
+        refuse(strategy.startswith("DeepSpeed"), f"{strategy} is not supported: its backward pass takes one loss")
         optimizers = self.optimizers()  # type: ignore[attr-defined]
-        return unwrapped(optimizers, "the optimizer of configure_optimizers")
+        optimizer = unwrapped(optimizers, "the optimizer of configure_optimizers")
+        check_processes(optimizer, trainer.world_size, 'use Trainer(strategy="ddp")')
+        return optimizer
 
 
 def apply(optimizer: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..optimizer import FlatMTL
-from ._common import named, refuse, total, unwrapped
+from ._common import check_accelerator, named, refuse, total, unwrapped
 
 
 class FlatMTLMixin:
@@ -19,7 +19,8 @@ class FlatMTLMixin:
     `flatmtl_options`, unless it is one. `compute_losses` gives the task losses. Their sum is the Trainer's loss, and the
     log has each as `loss_NAME`; in evaluation they are added up too. Clipping (`max_grad_norm`), accumulation (the
     losses are means over the micro-batches), schedulers, checkpoints and `resume_from_checkpoint` work as they do with
-    any optimizer.
+    any optimizer. In several processes (torchrun) the losses and gradients are means over them too, and
+    `compute_losses` gets the model in DDP.
 
     >>> class MultiTaskTrainer(FlatMTLMixin, transformers.Trainer):
     ...     def compute_losses(self, model, inputs):
@@ -61,12 +62,13 @@ class FlatMTLMixin:
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        world, gpus = self.args.world_size, self.args.n_gpu  # type: ignore[attr-defined]
-        refuse(world != 1, f"FlatMTLMixin works in one process, but there are {world}")
-        refuse(gpus > 1, f"nn.DataParallel over {gpus} GPUs is not supported; make one visible (CUDA_VISIBLE_DEVICES)")
+        gpus = self.args.n_gpu  # type: ignore[attr-defined]
+        refuse(gpus > 1, f"nn.DataParallel over {gpus} GPUs is not supported; start one process a GPU with torchrun")
+        optimizer = unwrapped(self.optimizer, "the Trainer's optimizer")
+        accelerator = self.accelerator  # type: ignore[attr-defined]
+        check_accelerator(accelerator, optimizer, "let the Trainer wrap the model")
         model.train()
         self._micro_batches.append(self._prepare_inputs(inputs))  # type: ignore[attr-defined]
-        accelerator = self.accelerator  # type: ignore[attr-defined]
         if not accelerator.sync_gradients:  # all passes are made at the last micro-batch
             return torch.zeros((), device=self.args.device)  # type: ignore[attr-defined]
         batches, self._micro_batches = self._micro_batches, []
@@ -75,7 +77,6 @@ class FlatMTLMixin:
             with self.compute_loss_context_manager():  # type: ignore[attr-defined]
                 return self.compute_losses(model, micro)[0]
 
-        optimizer = unwrapped(self.optimizer, "the Trainer's optimizer")
         losses = optimizer.backward(closure, accelerator.scaler, batches=batches)
         for task, loss in named(losses).items():
             self._task_losses.setdefault(task, []).append(loss)
