@@ -318,23 +318,31 @@ static void round_bf16_each(const double *restrict x, int64_t n, uint16_t *restr
   memcpy(out + p, rounded, (size_t)(n - p) * sizeof *out);
 }
 
-/* Rounding to F32 first has the value of a single rounding, except where it gives a tie between two BF16, or nothing of
- * a number that is not zero (subnormal numbers may be flushed). */
+/* Rounding to F32 first has the value of a single rounding, except where it gives the middle between two BF16, which x
+ * may be above or below. Subnormal numbers, which may be flushed, and NaN take the long way. */
 static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict out) {
   float narrow[FM_PIECE];
   for (int64_t p = 0; p < n; p += FM_PIECE) {
     const int count = n - p < FM_PIECE ? (int)(n - p) : FM_PIECE;
     round_f32(x + p, count, narrow);
-    int32_t special = 0, zero = 0;
+    int32_t middle = 0, small = 0, special = 0;
     for (int i = 0; i < count; i++) {
       const uint32_t bits = as_bits(narrow[i]);
       const int32_t size = (int32_t)(bits & 0x7fffffffu);
-      special |= ((bits & 0xffffu) == 0x8000u) | (size > 0x7f800000);
-      zero |= size == 0;
+      middle |= (bits & 0xffffu) == 0x8000u;
+      small |= size < 0x00800000;
+      special |= size > 0x7f800000;
       out[p + i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     }
-    if (zero)
-      for (int i = 0; i < count; i++) special |= (as_bits(narrow[i]) << 1 == 0) & (x[p + i] != 0.0);
+    if (middle)
+      for (int i = 0; i < count; i++) {
+        const uint32_t bits = as_bits(narrow[i]), even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const double size = fabs(x[p + i]), back = fabs((double)narrow[i]);
+        const uint32_t nearest = size == back ? even : (bits >> 16) + (size > back);
+        out[p + i] = (uint16_t)((bits & 0xffffu) == 0x8000u ? nearest : even);
+      }
+    if (small)
+      for (int i = 0; i < count; i++) special |= ((as_bits(narrow[i]) & 0x7f800000u) == 0) & (x[p + i] != 0.0);
     if (special) round_bf16_each(x + p, count, out + p);
   }
 }

@@ -176,7 +176,8 @@ TEST_CASE("Every half precision number widens exactly and rounds to the nearest,
       REQUIRE(flatmtl_combine(context, &rows, &one, &vector, nullptr) == FLATMTL_OK);
       REQUIRE(out == lower);
       // w x for w slightly off a power of two lands between neighbours everywhere
-      for (double w : {1.0 + 0x1p-9, 1.0 + 0x1p-12, 1.0 + 0x1p-11 + 0x1p-40, 0.7, 1.0 + 0x1p-8}) {
+      for (double w : {1.0 + 0x1p-9, 1.0 + 0x1p-12, 1.0 + 0x1p-11 + 0x1p-40, 0.7, 1.0 + 0x1p-8, 1.0 + 0x1p-8 + 0x1p-40,
+                       1.0 + 0x1p-8 - 0x1p-40}) {
         REQUIRE(flatmtl_combine(context, &rows, &w, &vector, nullptr) == FLATMTL_OK);
         int wrong = 0;
         for (uint32_t h = 0; h + 2 < infinity; h++) {
@@ -234,17 +235,22 @@ TEST_CASE("Subnormal results in BF16 do not depend on the flushing of subnormal 
     for (int64_t p = 0; p < 300; p++) g.set(0, p, std::ldexp(1.0 + static_cast<double>(p) / 512.0, -100));
     const auto gr = g.rows();
     Context context(1);
-    const double tiny = 0x1p-28;  // 2^-128 and more: above the least number, 2^-133
-    Rows kept(FLATMTL_BF16, 1, {300}), flushed(FLATMTL_BF16, 1, {300});
-    const auto k = kept.vector(), f = flushed.vector();
-    REQUIRE(flatmtl_combine(context, &gr, &tiny, &k, nullptr) == FLATMTL_OK);
-    const unsigned int mode = _mm_getcsr();
-    _mm_setcsr(mode | 0x8040u);  // flush to zero, subnormal numbers are zeros
-    const flatmtl_status status = flatmtl_combine(context, &gr, &tiny, &f, nullptr);
-    _mm_setcsr(mode);
-    REQUIRE(status == FLATMTL_OK);
-    REQUIRE(kept.get(0, 0) == 0x1p-128);
-    REQUIRE(kept.bytes == flushed.bytes);
+    // 2^-128 and more: below the normal numbers, above the least one, 2^-133
+    for (double tiny : {0x1p-28, 0x1p-28 * (1.0 + 0x1p-40), 0x1p-28 * (1.0 - 0x1p-40)})
+      for (unsigned int flush : {0x40u, 0x8000u, 0x8040u}) {  // subnormal operands are zeros, results flushed, both
+        Rows kept(FLATMTL_BF16, 1, {300}), flushed(FLATMTL_BF16, 1, {300});
+        const auto k = kept.vector(), f = flushed.vector();
+        REQUIRE(flatmtl_combine(context, &gr, &tiny, &k, nullptr) == FLATMTL_OK);
+        const unsigned int mode = _mm_getcsr();
+        _mm_setcsr(mode | flush);
+        const flatmtl_status status = flatmtl_combine(context, &gr, &tiny, &f, nullptr);
+        _mm_setcsr(mode);
+        REQUIRE(status == FLATMTL_OK);
+        REQUIRE(std::memcmp(kept.at(0, 0), flushed.at(0, 0), 600) == 0);
+        uint16_t bits;
+        std::memcpy(&bits, kept.at(0, 0), 2);
+        REQUIRE(bits == 0x20);  // 2^-128, in units of 2^-133
+      }
   }
   flatmtl_select_isa(before.c_str(), nullptr);
 }
