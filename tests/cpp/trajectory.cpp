@@ -69,6 +69,8 @@ struct Trajectory {
         .m_sharpness(get<bool>("m_sharpness"))
         .seed(get<int64_t>("seed"));
     if (get<double>("max_norm") > 0.0) result.max_norm(get<double>("max_norm"));
+    if (!get<std::string>("weighting").empty())
+      result.weighting(flatmtl::Weighting(get<std::string>("weighting"), doubles(in.at("weighting_values"))));
     if (norm) result.modules({norm});
     if (get<bool>("give_shared")) result.shared(std::vector<Tensor>{params[0], params[1]});
     return result;
@@ -156,7 +158,7 @@ struct Trajectory {
     torch::manual_seed(11);
 
     Dict out(c10::StringType::get(), c10::AnyType::get());
-    std::vector<Tensor> losses, weights_loss, weights_flat, sharpness, cosine;
+    std::vector<Tensor> losses, weights_loss, weights_flat, sharpness, cosine, loss_weights;
     const std::string form = get<std::string>("form");
     const c10::IValue batches = in.at("batches");
     for (const c10::IValue &item : batches.toListRef()) {
@@ -173,6 +175,7 @@ struct Trajectory {
       weights_flat.push_back(optimizer.last().weights_flat);
       sharpness.push_back(optimizer.last().sharpness);
       cosine.push_back(optimizer.last().cosine_flat);
+      loss_weights.push_back(optimizer.last().loss_weights);
     }
     std::vector<Tensor> grads, values, buffers;
     for (const Tensor &p : params) {
@@ -190,6 +193,7 @@ struct Trajectory {
     put("weights_flat", weights_flat);
     put("sharpness", sharpness);
     put("cosine_flat", cosine);
+    put("loss_weights", loss_weights);
     return out;
   }
 };

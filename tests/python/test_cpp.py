@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "norm": "separate", "combine": "decomposed", "family_scale": "rms", "replay_rng": True, "seed": 0,
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
     "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
-    "max_norm": 0.0,
+    "max_norm": 0.0, "weighting": "", "weighting_values": [],
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,32 @@ RUNS: dict[str, dict[str, Any]] = {
     "max_norm, direct": {"max_norm": 0.05, "combine": "direct"},
     "max_norm, second": {"max_norm": 0.05, "combine": "second"},
     "max_norm, plain": {"max_norm": 0.05, "rho_shared": 0.0, "rho_task": 0.0},
+    "fixed weights": {"weighting": "fixed", "weighting_values": [0.5, 0.0, 2.0], "absent": True},
+    "uw": {"weighting": "uw", "weighting_values": [0.1, 0.2], "absent": True, "aggregator": "sum"},
+    "dwa": {"weighting": "dwa", "weighting_values": [1.5, 1.0], "absent": True},
+    "rlw": {"weighting": "rlw", "seed": 5, "absent": True, "dropout": 0.2},
+    "si": {"weighting": "si", "combine": "direct", "max_norm": 0.4},
+    "gls": {"weighting": "gls", "give_shared": True, "aggregator": "mgda"},
+    "stch": {"weighting": "stch", "weighting_values": [0.5, 1.0, 1.0], "rho_shared": 0.0, "rho_task": 0.0},
+    "imtl_l": {"weighting": "imtl_l", "weighting_values": [0.1], "aggregator": "imtl_g", "micro": 4},
+    "famo": {"weighting": "famo", "batch_norm": True, "dropout": 0.2, "absent": True, "aggregator": "sum"},
+    "famo, bounds": {"weighting": "famo", "weighting_values": [0.1, 0.0, -1.0, -2.0, 0.0], "form": "task"},
+    "famo, micro-batches": {
+        "weighting": "famo",
+        "weighting_values": [0.1, 0.01],
+        "micro": 4,
+        "m_sharpness": True,
+        "dropout": 0.2,
+        "batch_norm": True,
+        "absent": True,
+    },
+    "famo, one closure a task": {"weighting": "famo", "form": "closures", "dropout": 0.2, "replay_rng": False},
+    "famo, stacked": {"weighting": "famo", "form": "stack", "adaptive": True},
+    "gradnorm": {"weighting": "gradnorm", "weighting_values": [1.0, 0.1], "absent": True},
+    "go4align": {"weighting": "go4align", "weighting_values": [0.1, 2.0], "combine": "second"},
+    "slaw": {"weighting": "slaw", "weighting_values": [0.5], "micro": 2, "m_sharpness": True, "absent": True},
+    "bmtl": {"weighting": "bmtl", "weighting_values": [2.0], "combine": "each"},
+    "emtl": {"weighting": "emtl", "weighting_values": [3.0], "dtype": torch.float64},
     "shared given": {"give_shared": True, "batch_norm": True},
     "float64": {"dtype": torch.float64, "batch_norm": True},
     # torch's C++ SGD with momentum rounds differently from the Python one in bfloat16
@@ -169,6 +196,17 @@ class Python:
         value = tuple(values) if option in ("values", "preference") else values[0]
         return flatmtl.aggregators.get_aggregator(name, **{option: value})
 
+    def weighting(self) -> flatmtl.Weighting | None:
+        name, values = self.s["weighting"], self.s["weighting_values"]
+        cls = flatmtl.weightings.WEIGHTINGS.get(name)
+        if cls is None or not values:
+            return None if cls is None else cls()
+        if name == "fixed":
+            return cls(values)
+        if name == "famo":
+            return cls(*values[:2], min_losses=values[2:] or None)
+        return cls(*[int(v) if f.type == "int" else v for v, f in zip(values, dataclasses.fields(cls), strict=True)])
+
     def run(self) -> dict[str, list[Tensor]]:
         s = self.s
         sgd = torch.optim.SGD(self.params, lr=s["lr"], momentum=s["momentum"], weight_decay=1e-3)
@@ -177,11 +215,11 @@ class Python:
             eta=s["eta"], norm=s["norm"], combine=s["combine"], replay_rng=s["replay_rng"], seed=s["seed"],
             family_scale=None if s["family_scale"] == "none" else s["family_scale"],
             shared=self.params[:2] if s["give_shared"] else None, m_sharpness=s["m_sharpness"],
-            max_norm=s["max_norm"] or None,
+            max_norm=s["max_norm"] or None, weighting=self.weighting(),
         )  # fmt: skip
         torch.manual_seed(11)
         kept: dict[str, list[Tensor]] = {
-            k: [] for k in ("losses", "weights_loss", "weights_flat", "sharpness", "cosine_flat")
+            k: [] for k in ("losses", "weights_loss", "weights_flat", "sharpness", "cosine_flat", "loss_weights")
         }
         for batch in s["batches"]:
             if s["micro"]:

@@ -93,11 +93,11 @@ class FlatMTL : public torch::optim::Optimizer {
   }
   template <typename Batch>
   std::vector<torch::Tensor> step(const BatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
-    return run_each(closures, detail::WithBatches<Batch>{&batches}, true);
+    return run_each(closures, detail::WithBatches<Batch>(batches, false), true);
   }
   template <typename Batch>
   NamedLosses step(const NamedBatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
-    return run_each(closures, detail::WithBatches<Batch>{&batches}, true);
+    return run_each(closures, detail::WithBatches<Batch>(batches, false), true);
   }
 
   // Without a closure: applies .grad by the wrapped optimizer. With one, which returns one tensor: as above.
@@ -108,7 +108,8 @@ class FlatMTL : public torch::optim::Optimizer {
   }
 
   // All of a step but the wrapped optimizer's update: parameters restored, the combined update in .grad, which is
-  // overwritten. Clip or log, then step().
+  // overwritten. Clip or log, then step(). With a weighting that observes (FAMO) a copy of the closure and of the
+  // batches is kept until then, and called once more; what the closure refers to must live as long.
   template <typename F, typename = std::enable_if_t<detail::is_closure<F>>>
   auto backward(F &&closure) {
     return run(closure, false);
@@ -125,11 +126,11 @@ class FlatMTL : public torch::optim::Optimizer {
   }
   template <typename Batch>
   std::vector<torch::Tensor> backward(const BatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
-    return run_each(closures, detail::WithBatches<Batch>{&batches}, false);
+    return run_each(closures, detail::WithBatches<Batch>(batches, observes()), false);
   }
   template <typename Batch>
   NamedLosses backward(const NamedBatchTaskClosures<Batch> &closures, const std::vector<Batch> &batches) {
-    return run_each(closures, detail::WithBatches<Batch>{&batches}, false);
+    return run_each(closures, detail::WithBatches<Batch>(batches, observes()), false);
   }
 
   // The record of the last step; its tensors are undefined before the first.
@@ -174,11 +175,21 @@ class FlatMTL : public torch::optim::Optimizer {
   // -- checkpoints --------------------------------------------------------------------------------------------------
 
   // The wrapped optimizer's archive with this one's state beside it, in the entry "flatmtl": number of steps, seed,
-  // tasks, roles, radii, the parameters' shapes, and what the aggregator keeps.
+  // tasks, roles, radii, the parameters' shapes, and what the aggregator and the weighting keep.
   void save(torch::serialize::OutputArchive &archive) const override {
     optimizer_->save(archive);
     std::vector<torch::Tensor> params = all_tensors();
-    detail::State state{steps_, options_.seed(), tasks_, {}, {}, {}, options_.aggregator().name(), aggregator_state_};
+    const auto &weighting = options_.weighting();
+    detail::State state{steps_,
+                        options_.seed(),
+                        tasks_,
+                        {},
+                        {},
+                        {},
+                        options_.aggregator().name(),
+                        aggregator_state_,
+                        weighting ? weighting->name() : "",
+                        weighting_state_};
     for (const auto &p : params) {
       const auto role = roles_.of.find(detail::Roles::key(p));
       state.roles.push_back(role == roles_.of.end() ? std::nullopt : std::optional<int64_t>(role->second));
@@ -191,15 +202,15 @@ class FlatMTL : public torch::optim::Optimizer {
   }
 
   // Loads what save wrote, or an archive of the wrapped optimizer alone (roles are then found anew). Another version,
-  // or another number of tasks, groups or parameters, another shape or aggregator: std::runtime_error; nothing has then
-  // changed.
+  // or another number of tasks, groups or parameters, another shape, aggregator or weighting: std::runtime_error;
+  // nothing has then changed.
   void load(torch::serialize::InputArchive &archive) override {
     follow_groups();
     std::optional<detail::State> state;
     torch::serialize::InputArchive own;
     if (archive.try_read("flatmtl", own)) {
       state = detail::State::load(own);
-      state->check(all_tensors(), rhos_.size(), tasks_, options_.aggregator().method());
+      state->check(all_tensors(), rhos_.size(), tasks_, options_.aggregator().method(), options_.weighting());
     }
     detail::load_all_or_nothing(*optimizer_, archive);
     steps_ = 0;
@@ -207,11 +218,14 @@ class FlatMTL : public torch::optim::Optimizer {
     last_ = Record();
     roles_.of.clear();
     aggregator_state_ = detail::AggregatorState();
+    weighting_state_ = detail::WeightingState();
+    after_update_.reset();
     if (!state) return;
     steps_ = state->steps;
     options_.seed(state->seed);
     tasks_ = state->tasks;
     aggregator_state_ = state->aggregator_state;
+    weighting_state_ = state->weighting_state;
     const auto params = all_tensors();
     for (size_t i = 0; i < params.size(); ++i)
       if (state->roles[i]) roles_.of[detail::Roles::key(params[i])] = *state->roles[i];
@@ -259,14 +273,18 @@ class FlatMTL : public torch::optim::Optimizer {
 
   template <typename F, typename R = detail::Returned<F>>
   typename R::type run(F &function, bool apply_too) {
+    const bool copy = !apply_too && observes();
     return LossTraits<typename R::type>::write(
-        run_erased(detail::erase<R>(function, detail::WithoutBatches()), apply_too));
+        run_erased(detail::erase<R>(function, detail::WithoutBatches(), copy), apply_too));
   }
   template <typename F, typename Batch, typename R = detail::Returned<F, const Batch &>>
   typename R::type run(F &function, const std::vector<Batch> &batches, bool apply_too) {
+    const bool copy = !apply_too && observes();
     return LossTraits<typename R::type>::write(
-        run_erased(detail::erase<R>(function, detail::WithBatches<Batch>{&batches}), apply_too));
+        run_erased(detail::erase<R>(function, detail::WithBatches<Batch>(batches, copy), copy), apply_too));
   }
+
+  bool observes() const { return options_.weighting() && options_.weighting()->observes(); }
 
   template <typename F, typename Caller>
   std::vector<torch::Tensor> run_each(const std::vector<std::function<F>> &closures, Caller caller, bool apply_too) {
@@ -280,36 +298,45 @@ class FlatMTL : public torch::optim::Optimizer {
   TaskLosses run_erased(const detail::Closure &closure, bool apply_too) {
     torch::NoGradGuard no_grad;
     follow_groups();
-    detail::Step step(parameters_now(), options_, roles_, tasks_, aggregator_state_, steps_);
+    after_update_.reset();
+    auto step = std::make_shared<detail::Step>(parameters_now(), options_, roles_, tasks_, aggregator_state_,
+                                               weighting_state_, steps_);
     bool skipped = false;
     try {
-      step.run(closure);
+      step->run(closure);
     } catch (const NonFiniteError &) {
-      step.rollback();
+      step->rollback();
       if (options_.nonfinite() == "raise") throw;
       skipped = true;
     } catch (...) {
-      step.rollback();
+      step->rollback();
       throw;
     }
-    for (size_t i = 0; i < step.params().size(); ++i) {
-      torch::Tensor tensor = step.params()[i].tensor;
-      tensor.mutable_grad() = skipped ? torch::Tensor() : step.gradient(i);
+    for (size_t i = 0; i < step->params().size(); ++i) {
+      torch::Tensor tensor = step->params()[i].tensor;
+      tensor.mutable_grad() = skipped ? torch::Tensor() : step->gradient(i);
     }
     if (skipped) {
-      last_ = step.skipped_record();
-      return step.losses();
+      last_ = step->skipped_record();
+      return step->losses();
     }
-    roles_.of = step.new_roles();
-    tasks_ = step.tasks();
-    aggregator_state_ = step.new_state();
-    last_ = step.record();
+    roles_.of = step->new_roles();
+    tasks_ = step->tasks();
+    aggregator_state_ = step->new_state();
+    weighting_state_ = step->new_weighting_state();
+    last_ = step->record();
     ++steps_;
+    if (step->keep_for_observation()) after_update_ = step;
     if (apply_too) apply();
-    return step.losses();
+    return step->losses();
   }
 
-  torch::Tensor apply() { return optimizer_->step(); }
+  torch::Tensor apply() {
+    const auto observed = std::move(after_update_);
+    torch::Tensor result = optimizer_->step();
+    if (observed) weighting_state_ = observed->observe(weighting_state_);
+    return result;
+  }
 
   std::vector<detail::Parameter> parameters_now() const {
     std::vector<detail::Parameter> found;
@@ -338,6 +365,8 @@ class FlatMTL : public torch::optim::Optimizer {
   detail::Roles roles_;
   std::optional<std::vector<Task>> tasks_;
   detail::AggregatorState aggregator_state_;
+  detail::WeightingState weighting_state_;
+  std::shared_ptr<detail::Step> after_update_;  // what a weighting is to learn from after the next update
   int64_t steps_ = 0;
   Record last_;
 };

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -160,10 +161,27 @@ struct Closure {
   size_t batches = 1;  // number of micro-batches
 };
 
-// Calls functions with the m-th micro-batch of a list, which is kept by reference.
+// A copy of a closure or of a list of micro-batches, made to be called once more after the update.
+template <typename Copy, bool copyable, typename T>
+std::shared_ptr<Copy> copy_to_keep(const char *what, T &value) {
+  if constexpr (copyable)
+    return std::make_shared<Copy>(value);
+  else
+    throw std::invalid_argument(std::string(what) +
+                                " cannot be copied, but the weighting needs it once more after the update: use "
+                                "step(closure) instead of backward(closure)");
+}
+
+// Calls functions with the m-th micro-batch of a list, which is kept by reference or owned.
 template <typename Batch>
 struct WithBatches {
+  WithBatches(const std::vector<Batch> &batches, bool copy) : list(&batches) {
+    if (!copy) return;
+    owner = copy_to_keep<std::vector<Batch>, std::is_copy_constructible_v<Batch>>("a micro-batch", batches);
+    list = owner.get();
+  }
   const std::vector<Batch> *list;
+  std::shared_ptr<std::vector<Batch>> owner;
   size_t size() const { return list->size(); }
   template <typename F, typename... Args>
   auto call(F &function, size_t m, Args &&...args) const {
@@ -234,15 +252,15 @@ using Returned = ReturnedBy<F, void, Args...>;
 template <typename F, typename... Args>
 constexpr bool is_closure = std::is_invocable_v<F &, Args...> || std::is_invocable_v<F &, Args..., std::optional<Task>>;
 
-// A closure of all tasks, by reference. R: what Returned says of it.
+// A closure of all tasks, by reference. R: what Returned says of it; owner: of the closure, if it is to be kept.
 template <typename R, typename F, typename Caller>
-Closure erase(F &function, Caller caller) {
+Closure erase(F &function, Caller caller, std::shared_ptr<void> owner = nullptr) {
   static_assert(LossTraits<typename R::type>::known,
                 "the closure must return the task losses as a std::vector<torch::Tensor>, a std::array of tensors, a "
                 "torch::OrderedDict or std::map from names to tensors, or one torch::Tensor (0-D or 1-D)");
   Closure result = empty_closure(caller);
   result.takes_task = R::takes_task;
-  result.all = [&function, caller](size_t m, const std::optional<Task> &task) {
+  result.all = [&function, caller, owner = std::move(owner)](size_t m, const std::optional<Task> &task) {
     if constexpr (R::takes_task) {
       return LossTraits<typename R::type>::read(caller.call(function, m, task));
     } else {
@@ -251,6 +269,15 @@ Closure erase(F &function, Caller caller) {
     }
   };
   return result;
+}
+
+// The same; `copy`: of a copy of it.
+template <typename R, typename F, typename Caller>
+Closure erase(F &function, Caller caller, bool copy) {
+  using Copy = std::decay_t<F>;
+  if (!copy) return erase<R>(function, std::move(caller));
+  const auto owner = copy_to_keep<Copy, std::is_copy_constructible_v<Copy>>("the closure", function);
+  return erase<R>(*owner, std::move(caller), std::shared_ptr<void>(owner));
 }
 
 }  // namespace detail

@@ -134,27 +134,32 @@ inline void check_differentiable(const std::string &what, const torch::Tensor &v
   if (!value.grad_fn()) throw std::runtime_error(what + " is a leaf tensor, not computed from the model");
 }
 
-// Checks the loss of one task.
-inline Loss read_loss(const Task &task, const torch::Tensor &value) {
+// Checks the loss of one task. grad is false for losses computed without graphs.
+inline Loss read_loss(const Task &task, const torch::Tensor &value, bool grad = true) {
   const std::string what = "loss of task " + text(task);
   if (value.dim() != 0) throw std::invalid_argument(what + " must be a scalar, but has shape " + text(value.sizes()));
+  if (!grad) return {task, value.detach(), Edge(), true};
   check_differentiable(what, value);
   const Edge edge = torch::autograd::impl::gradient_edge(value);
   const auto scalar = follow_element(edge);
   return {task, value.detach(), scalar.value_or(edge), scalar.has_value()};
 }
 
-inline std::vector<std::optional<Loss>> read_tensor(const torch::Tensor &vector) {
+inline std::vector<std::optional<Loss>> read_tensor(const torch::Tensor &vector, bool grad) {
   if (!vector.defined()) throw std::invalid_argument("closure returned no losses");
-  if (vector.dim() == 0) return {read_loss(int64_t{0}, vector)};
+  if (vector.dim() == 0) return {read_loss(int64_t{0}, vector, grad)};
   if (vector.dim() != 1)
     throw std::invalid_argument("a tensor of losses must have 0 or 1 dimensions, but has shape " +
                                 text(vector.sizes()));
   const int64_t length = vector.size(0);
   if (length == 0) throw std::invalid_argument("closure returned no losses");
+  std::vector<std::optional<Loss>> losses;
+  if (!grad) {
+    for (int64_t i = 0; i < length; ++i) losses.push_back(Loss{i, vector.detach()[i], Edge(), true});
+    return losses;
+  }
   check_differentiable("the tensor of losses", vector);
   const auto scalars = scalars_of(torch::autograd::impl::gradient_edge(vector), length);
-  std::vector<std::optional<Loss>> losses;
   for (int64_t i = 0; i < length; ++i) {
     const torch::Tensor value = vector.detach()[i];
     if (!scalars.empty()) {
@@ -168,13 +173,13 @@ inline std::vector<std::optional<Loss>> read_tensor(const torch::Tensor &vector)
 }
 
 // Checks what a closure returned: one Loss a task, none for an absent one.
-inline std::vector<std::optional<Loss>> read_losses(const TaskLosses &container) {
-  if (container.kind == TaskLosses::Kind::tensor) return read_tensor(container.tensor);
+inline std::vector<std::optional<Loss>> read_losses(const TaskLosses &container, bool grad = true) {
+  if (container.kind == TaskLosses::Kind::tensor) return read_tensor(container.tensor, grad);
   if (container.values.empty()) throw std::invalid_argument("closure returned no losses");
   std::vector<std::optional<Loss>> losses;
   for (size_t i = 0; i < container.values.size(); ++i) {
     losses.emplace_back();
-    if (container.values[i].defined()) losses.back() = read_loss(container.tasks[i], container.values[i]);
+    if (container.values[i].defined()) losses.back() = read_loss(container.tasks[i], container.values[i], grad);
   }
   return losses;
 }

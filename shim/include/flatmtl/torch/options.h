@@ -13,6 +13,7 @@
 
 #include "aggregator.h"
 #include "protect.h"
+#include "weighting.h"
 
 namespace flatmtl {
 
@@ -27,6 +28,8 @@ struct Rho {
 struct FlatMTLOptions {
   // A name ("cagrad") or an Aggregator.
   TORCH_ARG(Aggregator, aggregator) = "cagrad";
+  // A loss weighting in front of the aggregator, a name ("uw") or a Weighting. Alone with aggregator "sum".
+  TORCH_ARG(std::optional<Weighting>, weighting);
   // Radius >= 0 of the perturbation, or a pair {shared, task}. 0 is plain gradient aggregation. FlatMTL::set_rho sets
   // it for one parameter group.
   TORCH_ARG(Rho, rho) = 0.05;

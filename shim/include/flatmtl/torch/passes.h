@@ -2,6 +2,7 @@
 // perturbed points. Private.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -46,7 +47,7 @@ using Micro = std::vector<size_t>;  // numbers of micro-batches
 
 class Passes {
  public:
-  // All by reference.
+  // The closure is copied, all else is by reference.
   Passes(const Closure &closure, Point &point, const FlatMTLOptions &options,
          const std::vector<ProtectedModule::Slot> &slots)
       : closure_(closure), point_(point), options_(options), slots_(slots) {}
@@ -76,6 +77,26 @@ class Passes {
     check_norm(point_.sq_norm(own, state->own, false, 0.0), state->task, "perturbed");
   }
 
+  // The losses alone, as doubles, of the tasks with these places, where the parameters stand: means over the
+  // micro-batches of forwards without graphs.
+  std::vector<double> losses_here(const std::vector<int64_t> &at) {
+    std::vector<std::vector<torch::Tensor>> values(at.size());
+    for (const Forward &forward : forwards_) {
+      std::vector<size_t> wanted;  // places in `at`
+      for (size_t k = 0; k < at.size(); ++k)
+        if (forward.has(static_cast<size_t>(at[k]))) wanted.push_back(k);
+      if (wanted.empty()) continue;
+      std::vector<size_t> tasks;
+      for (const size_t k : wanted) tasks.push_back(static_cast<size_t>(at[k]));
+      const auto losses = again(forward, tasks, false);
+      for (size_t k = 0; k < wanted.size(); ++k) values[wanted[k]].push_back(losses[k].value);
+    }
+    point_.check_unchanged();
+    std::vector<double> means;
+    for (const auto &found : values) means.push_back(torch::stack(found).mean().item<double>());
+    return means;
+  }
+
   // The unperturbed losses, detached: means over the micro-batches so far.
   TaskLosses losses() const { return mean_losses(containers_); }
 
@@ -92,6 +113,8 @@ class Passes {
     size_t micro, place;  // place: of the closure, if there is one a task
     Snapshot start;
     std::vector<size_t> tasks;  // those whose losses came from it
+
+    bool has(size_t task) const { return std::find(tasks.begin(), tasks.end(), task) != tasks.end(); }
   };
 
   std::vector<TaskState> unperturbed(size_t m) {
@@ -118,6 +141,7 @@ class Passes {
         states.push_back(differentiated(container.tasks[i], i, losses[i], i + 1 < count, losses.size() == 1));
     }
     check_form(container, "another micro-batch");
+    tasks_ = container.tasks;
     for (auto &value : container.values)
       if (value.defined()) value = value.detach();
     if (container.tensor.defined()) container.tensor = container.tensor.detach().clone();
@@ -150,11 +174,8 @@ class Passes {
     TaskState found;
     found.task = state.task;
     for (const Forward &forward : forwards_) {
-      if (forward.micro != m) continue;
-      bool wanted = false;
-      for (const size_t t : forward.tasks) wanted = wanted || t == index;
-      if (!wanted) continue;
-      const Loss loss = again(forward, state.task, index);
+      if (forward.micro != m || !forward.has(index)) continue;
+      const Loss loss = again(forward, {index}, true)[0];
       const Row grads = gradients(loss, reached, false);
       found.loss = loss.value;
       found.grads.resize(point_.tensors().size());
@@ -163,26 +184,34 @@ class Passes {
     return found;
   }
 
-  Loss again(const Forward &forward, const Task &task, size_t index) {
+  // The losses of the tasks with these places in one forward, made again from where it started.
+  std::vector<Loss> again(const Forward &forward, const std::vector<size_t> &wanted, bool grad) {
     forward.start.restore(options_.replay_rng());
+    const std::optional<Task> task = wanted.size() == 1 ? std::optional<Task>(tasks_[wanted[0]]) : std::nullopt;
     if (!closure_.all) {
-      const torch::Tensor value = call([&] { return closure_.each[forward.place].second(forward.micro); });
+      const torch::Tensor value = call([&] { return closure_.each[forward.place].second(forward.micro); }, grad);
       if (!value.defined())
-        throw std::runtime_error("closure of task " + text(task) + " returned None in the perturbed pass only");
-      return read_loss(task, value);
+        throw std::runtime_error("closure of task " + text(*task) + " returned None in the perturbed pass only");
+      return {read_loss(*task, value, grad)};
     }
-    const TaskLosses value = call([&] { return closure_.all(forward.micro, task); });
-    if (closure_.takes_task && value.tensor.defined() && value.tensor.dim() == 0) return read_loss(task, value.tensor);
+    const TaskLosses value = call([&] { return closure_.all(forward.micro, task); }, grad);
+    if (task && closure_.takes_task && value.tensor.defined() && value.tensor.dim() == 0)
+      return {read_loss(*task, value.tensor, grad)};
     check_form(value, "a perturbed pass");
-    const auto loss = read_losses(value)[index];
-    if (!loss) throw std::runtime_error("loss of task " + text(task) + " is None in the perturbed pass only");
-    return *loss;
+    const auto losses = read_losses(value, grad);
+    std::vector<Loss> found;
+    for (const size_t i : wanted) {
+      if (!losses[i])
+        throw std::runtime_error("loss of task " + text(tasks_[i]) + " is None in the perturbed pass only");
+      found.push_back(*losses[i]);
+    }
+    return found;
   }
 
   template <typename F>
-  static std::invoke_result_t<F &> call(F function) {
+  static std::invoke_result_t<F &> call(F function, bool grad = true) {
     const FreshAutocast fresh;
-    torch::AutoGradMode enable_grad(true);
+    torch::AutoGradMode grad_mode(grad);
     return function();
   }
 
@@ -213,11 +242,12 @@ class Passes {
     return found;
   }
 
-  const Closure &closure_;
+  const Closure closure_;
   Point &point_;
   const FlatMTLOptions &options_;
   const std::vector<ProtectedModule::Slot> &slots_;
   std::vector<Forward> forwards_;
+  std::vector<Task> tasks_;  // all of them
   std::vector<TaskLosses> containers_;
   std::string form_;
 };

@@ -74,6 +74,8 @@ class Point {
     versions_ = versions();
   }
 
+  // Takes the parameters' values as they are now for those of nobody's doing.
+  void accept() { versions_ = versions(); }
   // Puts all parameters back, bit for bit.
   void restore() {
     copy(tensors_, saved_);

@@ -17,6 +17,7 @@ struct Record {
   torch::Tensor norms_loss, norms_flat;               // (K,) ||g_i|| and ||f_i||
   torch::Tensor cosine_loss, cosine_flat;             // (K, K)
   torch::Tensor weights_loss, weights_flat;           // (K,)
+  torch::Tensor loss_weights;                         // (K,) factors of the losses; 1 without a weighting
   bool pareto_stationary_loss = false, pareto_stationary_flat = false;
   bool skipped = false;
 };

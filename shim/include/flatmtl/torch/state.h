@@ -16,6 +16,7 @@
 #include "aggregator_state.h"
 #include "roles.h"
 #include "text.h"
+#include "weighting_state.h"
 
 namespace flatmtl {
 namespace detail {
@@ -30,6 +31,8 @@ struct State {
   std::vector<std::pair<double, double>> rhos;  // one a group
   std::string aggregator;                       // the name of
   AggregatorState aggregator_state;
+  std::string weighting;  // the name of; empty without one
+  WeightingState weighting_state;
 
   void save(torch::serialize::OutputArchive &archive) const {
     archive.write("version", c10::IValue(VERSION));
@@ -62,6 +65,8 @@ struct State {
         for (const double value : found->second) values.push_back(value);
       archive.write(std::string("aggregator_") + call, c10::IValue(values));
     }
+    archive.write("weighting", c10::IValue(weighting));
+    archive.write("weighting_values", c10::IValue(c10::List<double>(weighting_state.values)));
   }
 
   static State load(torch::serialize::InputArchive &archive) {
@@ -99,12 +104,14 @@ struct State {
       const auto values = read((std::string("aggregator_") + call).c_str()).toDoubleVector();
       if (!values.empty()) state.aggregator_state.calls[call] = values;
     }
+    state.weighting = read("weighting").toStringRef();
+    state.weighting_state.values = read("weighting_values").toDoubleVector();
     return state;
   }
 
   // Throws unless this state is one of an optimizer with these parameters, groups and tasks.
   void check(const std::vector<torch::Tensor> &params, size_t num_groups, const std::optional<std::vector<Task>> &now,
-             flatmtl_method method) const {
+             flatmtl_method method, const std::optional<Weighting> &weigh) const {
     if (roles.size() != params.size() || shapes.size() != params.size())
       throw std::runtime_error("state_dict['flatmtl']['roles'] is for " + std::to_string(roles.size()) +
                                " parameters, but the optimizer has " + std::to_string(params.size()));
@@ -119,11 +126,18 @@ struct State {
     if (tasks && now && tasks->size() != now->size())
       throw std::runtime_error("state_dict has " + std::to_string(tasks->size()) + " tasks, but the optimizer has " +
                                std::to_string(now->size()));
+    const int64_t num_tasks = tasks ? static_cast<int64_t>(tasks->size()) : 0;
+    if (!weighting_state.values.empty()) {
+      if (!weigh || weigh->name() != weighting)
+        throw std::runtime_error("state_dict holds the state of weighting " + quoted(weighting) +
+                                 ", but the optimizer has " + (weigh ? quoted(weigh->name()) : "None"));
+      weighting_state.check(*weigh, num_tasks);
+    }
     if (aggregator_state.calls.empty()) return;
     if (aggregator != flatmtl_method_name(method))
       throw std::runtime_error("state_dict holds the state of aggregator " + quoted(aggregator) +
                                ", but the optimizer has " + quoted(flatmtl_method_name(method)));
-    aggregator_state.check(method, tasks ? static_cast<int64_t>(tasks->size()) : 0);
+    aggregator_state.check(method, num_tasks);
   }
 
  private:

@@ -23,6 +23,7 @@
 #include "record.h"
 #include "roles.h"
 #include "task_state.h"
+#include "weighting_state.h"
 
 namespace flatmtl {
 namespace detail {
@@ -32,13 +33,16 @@ class Step {
  public:
   // known_tasks: of earlier steps, if there were any.
   Step(std::vector<Parameter> params, const FlatMTLOptions &options, const Roles &roles,
-       const std::optional<std::vector<Task>> &known_tasks, const AggregatorState &state, int64_t draw)
+       const std::optional<std::vector<Task>> &known_tasks, const AggregatorState &state,
+       const WeightingState &weighting_state, int64_t draw)
       : point_(std::move(params)),
         options_(options),
         roles_(roles),
         known_tasks_(known_tasks),
         state_(state),
         new_state_(state),
+        weighting_state_(weighting_state),
+        new_weighting_state_(weighting_state),
         draw_(draw),
         slots_(buffers(options.modules())),
         new_roles_(roles.of) {
@@ -85,11 +89,42 @@ class Step {
   const TaskLosses &losses() const { return losses_; }
   const Record &record() const { return record_; }
   const AggregatorState &new_state() const { return new_state_; }
+  const WeightingState &new_weighting_state() const { return new_weighting_state_; }
   const std::unordered_map<Roles::Key, int64_t> &new_roles() const { return new_roles_; }
 
   // .grad of parameter i after the step.
   const torch::Tensor &gradient(size_t i) const {
     return new_roles_.count(Roles::key(tensors()[i])) ? update_[i] : old_grads_[i];
+  }
+
+  // Whether `observe` is to be called after the update. If so, what it does not need is given up.
+  bool keep_for_observation() {
+    if (!options_.weighting() || !options_.weighting()->observes() || present_.empty()) return false;
+    for (auto &state : tasks_) {
+      state.grads.clear();
+      state.perturbed.clear();
+    }
+    old_grads_.clear();
+    update_.clear();
+    return true;
+  }
+
+  // After the update: what the weighting learns from the losses of the same batch, evaluated once more. Random
+  // generators and buffers stay as they are.
+  WeightingState observe(const WeightingState &state) {
+    point_.accept();
+    const Snapshot before = passes_->snapshot();
+    std::vector<double> after;
+    try {
+      after = passes_->losses_here(present_at_);
+    } catch (...) {
+      before.restore();
+      throw;
+    }
+    before.restore();
+    WeightingCall call(*options_.weighting(), state, static_cast<int64_t>(tasks_.size()), present_at_);
+    call.observe(present_losses(), after);
+    return call.new_state();
   }
 
   // The record of a step that nonfinite "skip" left out.
@@ -176,6 +211,30 @@ class Step {
       present_.push_back(&state);
       present_at_.push_back(&state - tasks_.data());
     }
+    weigh();
+  }
+
+  // The factors of the losses. Called again in the same step it starts from the state before the step again.
+  void weigh() {
+    factors_.assign(present_.size(), 1.0);
+    if (!options_.weighting() || present_.empty()) return;
+    const Weighting &weighting = *options_.weighting();
+    std::vector<double> norms;
+    std::vector<Task> names;
+    for (const TaskState *state : present_) {
+      names.push_back(state->task);
+      if (weighting.needs_norms())
+        norms.push_back(std::sqrt(sq_norm(point_.row(state->grads, shared_), shared_, false)));
+    }
+    WeightingCall call(weighting, weighting_state_, static_cast<int64_t>(tasks_.size()), present_at_);
+    factors_ = call.weights(present_losses(), norms, names, options_.seed(), draw_);
+    new_weighting_state_ = call.new_state();
+  }
+
+  std::vector<double> present_losses() const {
+    std::vector<double> losses;
+    for (const TaskState *state : present_) losses.push_back(state->loss.item<double>());
+    return losses;
   }
 
   // Gramians of both families, their weights, and the combined update.
@@ -191,6 +250,11 @@ class Step {
     flatmtl_status status[2] = {FLATMTL_OK, FLATMTL_OK};
     if (!shared_.empty() && count > 0) {
       std::tie(pair, direct) = gramians(loss, moved);
+      if (options_.weighting()) {
+        const torch::Tensor c = torch::tensor(factors_, torch::kDouble);
+        pair = pair * torch::outer(c.repeat(2), c.repeat(2));
+        if (direct.defined()) direct = direct * torch::outer(c, c);
+      }
       weights(pair, direct, &weights_loss, &weights_flat, status);
       if (options_.max_norm()) {
         const bool families = !flat_ || options_.combine() == "decomposed";
@@ -200,6 +264,7 @@ class Step {
     }
     combine(loss, moved, weights_loss, weights_flat);
     record_ = empty_record(tasks_);
+    record_.loss_weights = spread(torch::tensor(factors_, torch::kDouble), present_at_, record_.losses.size(0));
     if (flat_) add_perturbed(&record_, tasks_, present_at_);
     if (shared_.empty() || count == 0) return;
     const Family loss_family{pair.slice(0, 0, count).slice(1, 0, count), weights_loss};
@@ -256,18 +321,24 @@ class Step {
     return {pair, direct};
   }
 
-  // The update: SUM a_i g_i + b_i f_i for shared parameters, t_i for own ones. Takes over the saved copies.
-  void combine(const std::vector<Row> &loss, const std::vector<Row> &moved, const std::vector<double> &weights_loss,
-               const std::vector<double> &weights_flat) {
+  // The update, with the losses' factors c: SUM c_i (a_i g_i + b_i f_i) for shared parameters, c_i t_i for own ones.
+  // Takes over the saved copies.
+  void combine(const std::vector<Row> &loss, const std::vector<Row> &moved, std::vector<double> weights_loss,
+               std::vector<double> weights_flat) {
     Row &out = point_.saved();
     update_.resize(tensors().size());
     if (present_.empty()) return;
+    for (size_t k = 0; k < factors_.size(); ++k) {
+      weights_loss[k] *= factors_[k];
+      weights_flat[k] *= factors_[k];
+    }
     if (!shared_.empty()) point_.combine(shared_, loss, moved, weights_loss, weights_flat);
     for (const size_t i : shared_) update_[i] = out[i];
-    for (const TaskState *state : present_)
-      for (const size_t i : state->own) {
-        const Row &row = flat_ ? state->perturbed : state->grads;
-        const torch::Tensor &gradient = row[i].defined() ? row[i] : point_.zeros(i);
+    for (size_t k = 0; k < present_.size(); ++k)
+      for (const size_t i : present_[k]->own) {
+        const Row &row = flat_ ? present_[k]->perturbed : present_[k]->grads;
+        torch::Tensor gradient = row[i].defined() ? row[i] : point_.zeros(i);
+        if (factors_[k] != 1.0) gradient = gradient * factors_[k];
         if (update_[i].defined())  // only with shared(): an own parameter that several losses reach
           out[i].add_(gradient);
         else
@@ -284,11 +355,13 @@ class Step {
   }
 
   Point point_;
-  const FlatMTLOptions &options_;
+  const FlatMTLOptions options_;
   const Roles &roles_;
   const std::optional<std::vector<Task>> &known_tasks_;
   const AggregatorState &state_;
   AggregatorState new_state_;
+  const WeightingState weighting_state_;
+  WeightingState new_weighting_state_;
   int64_t draw_;
   std::vector<ProtectedModule::Slot> slots_;
   std::unordered_map<Roles::Key, int64_t> new_roles_;
@@ -298,6 +371,7 @@ class Step {
   std::vector<TaskState> tasks_;
   std::vector<TaskState *> present_;
   std::vector<int64_t> present_at_;
+  std::vector<double> factors_;  // of the losses of the present tasks
   Indices shared_;
   TaskLosses losses_;
   Record record_;

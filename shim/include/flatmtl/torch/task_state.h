@@ -110,7 +110,7 @@ inline Record empty_record(const std::vector<TaskState> &tasks) {
   }
   record.losses = spread(torch::tensor(values, torch::kDouble), with_loss, total);
   for (auto *vector : {&record.perturbed_losses, &record.sharpness, &record.norms_loss, &record.norms_flat,
-                       &record.weights_loss, &record.weights_flat})
+                       &record.weights_loss, &record.weights_flat, &record.loss_weights})
     *vector = undefined({total});
   record.cosine_loss = undefined({total, total});
   record.cosine_flat = undefined({total, total});
