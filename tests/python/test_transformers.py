@@ -82,6 +82,38 @@ def test_the_trainer_is_the_plain_loop(clip: float, micro: int, tmp_path: Path) 
     assert log["loss"] == pytest.approx(log["loss_digit"] + log["loss_even"], rel=1e-5)
 
 
+def test_bf16_autocast(tmp_path: Path) -> None:
+    """The passes run in autocast, parameters and gradients stay float32: the plain loop under torch.autocast."""
+    seen = []
+
+    class Watched(InOrder):
+        def compute_losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
+            hook = model.trunk[0].register_forward_hook(lambda module, x, out: seen.append(out.dtype))
+            try:
+                return super().compute_losses(model, inputs)
+            finally:
+                hook.remove()
+
+    model, other = digits.net(), digits.net()
+    trainer = trained(
+        tmp_path, model, Watched, bf16=True, max_grad_norm=0.5, weight_decay=0.0, lr_scheduler_type="constant",
+        logging_steps=4,
+    )  # fmt: skip
+    optimizer = flatmtl.FlatMTL(torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0), aggregator="pcgrad",
+                                rho=0.1)  # fmt: skip
+    losses = digits.train(other, optimizer, digits.batches(4), clip=0.5, autocast=torch.bfloat16)
+    assert seen == [torch.bfloat16] * 3 * 4
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert digits.same(model.state_dict(), other.state_dict())
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    for task in ("digit", "even"):
+        assert log[f"loss_{task}"] == pytest.approx(float(torch.stack([step[task] for step in losses]).mean()))
+
+    exact = digits.net()  # and not that of float32
+    trained(tmp_path, exact, InOrder, max_grad_norm=0.5, weight_decay=0.0, lr_scheduler_type="constant")
+    assert not digits.same(model.state_dict(), exact.state_dict())
+
+
 def test_a_run_resumed_from_a_checkpoint_is_the_undisturbed_one(tmp_path: Path) -> None:
     """With dropout and a shuffled data set: the Trainer saves torch's generators and the order."""
     model = digits.net(dropout=0.3)
