@@ -93,16 +93,20 @@ def read_losses(container: Any, grad: bool = True, wanted: Collection[int] | Non
 
 def read_loss(task: Task, value: Any, grad: bool = True) -> Loss:
     """Checks the loss of one task."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"loss of task {task!r} must be a tensor, but is {type(value).__name__}")
-    if value.dim() != 0:
-        raise ValueError(f"loss of task {task!r} must be a scalar, but has shape {tuple(value.shape)}")
+    check_scalar(task, value)
     if not grad:
         return Loss(task, value.detach(), None)
     _check_differentiable(f"loss of task {task!r}", value)
     edge = get_gradient_edge(value)
     scalar = _follow_element(edge)
     return Loss(task, value.detach(), scalar or edge, scalar is not None)
+
+
+def check_scalar(task: Task, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss of task {task!r} must be a tensor, but is {type(value).__name__}")
+    if value.dim() != 0:
+        raise ValueError(f"loss of task {task!r} must be a scalar, but has shape {tuple(value.shape)}")
 
 
 def _read_tensor(vector: Tensor, grad: bool, wanted: Collection[int] | None) -> list[Loss | None]:
@@ -287,7 +291,7 @@ def like_container(container: Any, values: list[Tensor | None]) -> Any:
 
 def mean_container(first: Any, rest: Sequence[Any]) -> Any:
     """The mean, task by task, of containers that `like_container` made; a task's None are left out."""
-    columns = zip(*(_values(container) for container in (first, *rest)), strict=True)
+    columns = zip(*(values(container) for container in (first, *rest)), strict=True)
     found = [[value for value in column if value is not None] for column in columns]
     means = [torch.stack(column).mean() if column else None for column in found]
     if isinstance(first, Tensor) and first.dim() == 1:
@@ -295,7 +299,8 @@ def mean_container(first: Any, rest: Sequence[Any]) -> Any:
     return like_container(first, means)
 
 
-def _values(container: Any) -> list[Tensor | None]:
+def values(container: Any) -> list[Tensor | None]:
+    """The losses in a container, one a task."""
     if isinstance(container, Tensor):
         return [container] if container.dim() == 0 else list(container.unbind())
     return list(container.values()) if isinstance(container, Mapping) else list(container)

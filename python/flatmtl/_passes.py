@@ -6,7 +6,7 @@ state and module buffers it started from, so that it can be made again at anothe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _losses, _sharded
+from . import _losses, _sharded, _vmapped
 from ._features import FeatureGradients, Features
 from ._losses import Closure, Loss, Task
 from ._point import Point
@@ -42,7 +42,7 @@ class Passes:
     def __init__(
         self, closure: Any, batches: Sequence[Any] | None, point: Point, *, buffers: Buffers, interrupt: HeldInterrupt,
         replay_rng: bool, loss_scale: float, roles_given: bool, sync: Alone, check_graph: bool = False,
-        features: Features | None = None, batched: bool = False,
+        features: Features | None = None, batched: bool | str = False,
     ) -> None:  # fmt: skip
         self.sync, self.batched = sync, batched
         self.closure, self.point = closure, point
@@ -61,6 +61,8 @@ class Passes:
         self._first: Pass | None = None
         if _losses.is_per_task(closure):
             _losses.check_closures(closure)
+        if batched == "passes" and _losses.is_per_task(closure):
+            raise ValueError("batched='passes' needs one closure for all tasks")
         if features is not None and (_losses.is_per_task(closure) or len(self.arguments) > 1):
             raise ValueError("features= needs one closure for all tasks, and no more than one of batches=")
 
@@ -185,7 +187,16 @@ class Passes:
         One closure for all tasks is called once a micro-batch, whatever the number of states.
         """
         self.sync.enter(len(self.arguments), perturbed=True)
-        parts = [self._perturbed(m, {s.index: s for s in states}) for m in micro]
+        self._accept_perturbed([self._perturbed(m, {s.index: s for s in states}) for m in micro], states)
+
+    def perturbed_together(
+        self, micro: Sequence[int], states: Sequence[TaskState], stacks: Mapping[int, Tensor]
+    ) -> None:
+        """As `perturbed`, every task at a point of its own, in one forward and one backward a micro-batch: for the k-th
+        state parameter i is `stacks[i][k]`."""
+        self._accept_perturbed([self._perturbed_together(m, states, stacks) for m in micro], states)
+
+    def _accept_perturbed(self, parts: Sequence[list[TaskState]], states: Sequence[TaskState]) -> None:
         self.point.check_unchanged()
         for state, mean in zip(states, TaskState.mean(parts), strict=True):
             state.perturbed_loss = mean.loss
@@ -224,6 +235,42 @@ class Passes:
                 for j, g in zip(reached, grads, strict=True):
                     found[i].grads[j] = g
         return list(found.values())
+
+    def _perturbed_together(self, m: int, states: Sequence[TaskState], stacks: Mapping[int, Tensor]) -> list[TaskState]:
+        found = {s.index: TaskState(s.task, s.index) for s in states}
+        (forward,) = self.forwards[m]
+        at = [k for k, s in enumerate(states) if s.index in forward.indices]
+        if not at:
+            return list(found.values())
+        leaves = [(x if len(at) == len(states) else x[at]).detach().requires_grad_() for x in stacks.values()]
+        forward.start.restore(rng=self.replay_rng)
+        wanted = [states[k].index for k in at]
+        table = _vmapped.losses(
+            lambda: self._checked_call(forward), [self.point.leaves[i] for i in stacks], leaves, self.tasks, wanted,
+            same_random=self.replay_rng,
+        )  # fmt: skip
+        with self.interrupt.window():
+            grads = torch.autograd.grad(table, leaves, torch.full_like(table, self.loss_scale), allow_unused=True)
+        gradients = dict(zip(stacks, grads, strict=True))
+        for row, k in enumerate(at):
+            state = found[states[k].index]
+            state.loss = table[row].detach()
+            state.grads = [None] * len(self.point.tensors)
+            for i in states[k].reached:
+                g = gradients[i]
+                if g is None:
+                    raise RuntimeError(
+                        f"batched='passes': the perturbed value of parameter {self.point.params[i].name} did not come "
+                        "to the closure, which evaluates it where torch.overrides does not reach (TorchScript, a "
+                        "torch.autograd.Function, compiled code)"
+                    )
+                state.grads[i] = self.point.fitted(i, g[row])
+        return list(found.values())
+
+    def _checked_call(self, forward: Forward) -> Any:
+        value = self._call(forward, None)
+        self._check_form(value, "a perturbed pass")
+        return value
 
     def losses_here(self, micro: Sequence[int], states: Sequence[TaskState]) -> list[Tensor]:
         """Losses alone of the states' tasks where the parameters stand, means over the micro-batches: forwards without

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,17 @@ from . import _backend, _sharded
 from ._arithmetic import Arithmetic
 from ._sync import Alone
 from ._task import Parameter
+
+
+@dataclass(frozen=True)
+class Move:
+    """Parameter i = saved + scale T^2 row, T = 1, or |saved| + eta if adaptive. Row and scales have one entry an index."""
+
+    indices: Sequence[int]
+    row: Sequence[Tensor]
+    scales: Sequence[float]
+    adaptive: bool = False
+    eta: float = 0.0
 
 
 class Point:
@@ -34,15 +46,26 @@ class Point:
         self._versions = self._now()
         self._zeros: dict[int, Tensor] = {}
 
-    def move(
-        self, indices: Sequence[int], row: Sequence[Tensor], scales: Sequence[float], adaptive: bool, eta: float
-    ) -> None:
-        """Parameter i = saved + scale T^2 row, for the indices; row and scales have one entry an index."""
+    def move(self, to: Move) -> None:
         self.moved = True
-        self.arithmetic.perturb_(
-            [self.tensors[i] for i in indices], [self.saved[i] for i in indices], row, indices, scales, adaptive, eta
-        )
+        self._perturb(to, [self.tensors[i] for i in to.indices])
         self._versions = self._now()
+
+    def stack(self, indices: Iterable[int], moves: Sequence[Move]) -> dict[int, Tensor]:
+        """(n, *shape) for the parameters with these indices: their values at the points of n moves."""
+        stacks = {}
+        for i in indices:
+            saved = self.saved[i]
+            stacks[i] = saved.new_empty_strided((len(moves), *saved.shape), (saved.numel(), *saved.stride()))
+        for k, move in enumerate(moves):
+            self._perturb(move, [stacks[i][k] for i in move.indices])
+            for i in stacks.keys() - set(move.indices):
+                stacks[i][k].copy_(self.saved[i])
+        return stacks
+
+    def _perturb(self, move: Move, out: list[Tensor]) -> None:
+        saved = [self.saved[i] for i in move.indices]
+        self.arithmetic.perturb_(out, saved, move.row, move.indices, move.scales, move.adaptive, move.eta)
 
     def restore(self, indices: Sequence[int] | None = None) -> None:
         """Puts parameters back, bit for bit: all, or the given ones of a point that another `move` follows."""

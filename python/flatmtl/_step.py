@@ -8,7 +8,7 @@ and gradients is in `_arithmetic`, the K-sized solves are always in the C core.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ._clip import clipped
 from ._features import Features
 from ._losses import Task
 from ._passes import Passes
-from ._point import Point
+from ._point import Move, Point
 from ._protect import Buffers, HeldInterrupt
 from ._roles import SHARED, Roles
 from ._sync import Alone
@@ -48,7 +48,7 @@ class Settings:
     family_scale: str | None
     max_norm: float | None
     features: list[nn.Module] | None
-    batched: bool
+    batched: bool | str
     m_sharpness: bool
     replay_rng: bool
     seed: int
@@ -78,6 +78,8 @@ class Step:
         self.summed = self.summed and not self.point.sharded  # FSDP hides which parameters a graph reaches
         self.buffered = isinstance(settings.aggregator, BufferAggregator)
         self.summed = self.summed and not self.buffered
+        if settings.batched == "passes" and (self.point.sharded or not isinstance(self.sync, Alone)):
+            raise ValueError("batched='passes' works in one process and without DTensors")
         if self.buffered and self.point.sharded:
             raise ValueError(f"aggregator {settings.aggregator.name!r} does not work with sharded parameters")
         self.featured = settings.features is not None and not settings.flat.needs_features
@@ -242,13 +244,13 @@ class Step:
         check_square(square, "sum of the losses", "unperturbed")
         return row, own
 
-    def move_along(self, state: TaskState) -> None:
-        """Parameters to (theta + rho g_i/||g_i||, psi_i + rho h_i/||h_i||): Algorithm 1, step 2."""
+    def along(self, state: TaskState) -> Move:
+        """To (theta + rho g_i/||g_i||, psi_i + rho h_i/||h_i||): Algorithm 1, step 2."""
         row = self.point.row(state.grads, self.shared + state.own)
-        self.move(row, state.own, state.sq_shared, state.sq_own)
+        return self.along_row(row, state.own, state.sq_shared, state.sq_own)
 
-    def move(self, row: Sequence[Tensor], own: Sequence[int], sq_shared: float, sq_own: float) -> None:
-        """Parameters to saved + rho row/||row||, or its ASAM form.
+    def along_row(self, row: Sequence[Tensor], own: Sequence[int], sq_shared: float, sq_own: float) -> Move:
+        """To saved + rho row/||row||, or its ASAM form.
 
         Args:
             row: one tensor for every parameter of `self.shared + own`.
@@ -262,7 +264,19 @@ class Step:
         own_scale = 1.0 / own_norm if own_norm else 0.0
         scales = [self.params[i].rho_shared * shared_scale for i in self.shared]
         scales += [self.params[i].rho_task * own_scale for i in own]
-        self.point.move([*self.shared, *own], row, scales, self.settings.adaptive, self.settings.eta)
+        return Move([*self.shared, *own], row, scales, self.settings.adaptive, self.settings.eta)
+
+    def perturb_each(self, states: Sequence[TaskState], move: Callable[[TaskState], Move]) -> None:
+        """The perturbed passes of tasks at points of their own."""
+        if self.settings.batched == "passes" and len(states) > 1:
+            moves = [move(s) for s in states]
+            indices = sorted({*self.shared, *(i for s in states for i in s.reached)})
+            self.passes.perturbed_together(self.micro, states, self.point.stack(indices, moves))
+            return
+        for state in states:
+            self.point.move(move(state))
+            self.passes.perturbed(self.micro, [state])
+            self.point.restore(state.own)  # the shared ones are overwritten by the next task's move
 
     # -- weights and update ----------------------------------------------------------------------------------------
 

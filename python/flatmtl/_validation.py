@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _losses
+from ._point import Move
 
 if TYPE_CHECKING:
     from ._step import Step
@@ -47,7 +48,7 @@ def hydalearn(step: Step, weighting: HydaLearn, validation: Validation) -> list[
     for state in step.present:
         indices = [*step.shared, *state.own]
         scales = [-_lr(step, weighting.lr, i) / step.loss_scale for i in indices]
-        step.point.move(indices, step.point.row(state.grads, indices), scales, False, 0.0)
+        step.point.move(Move(indices, step.point.row(state.grads, indices), scales))
         gains.append(max(sign * _value(step, validation) - before, 0.0))
         step.point.restore(state.own)
     step.point.restore()
@@ -107,7 +108,7 @@ class SampleWeights:
                 ahead = torch.autograd.grad(mean, tensors, allow_unused=True)
             start.restore()
             scales = [-_lr(step, self.lr, i) for i in indices]
-            step.point.move(indices, step.point.row(list(ahead), indices), scales, False, 0.0)
+            step.point.move(Move(indices, step.point.row(list(ahead), indices), scales))
             with step.interrupt.window(), torch.enable_grad(), step.buffers.watching():
                 value = validation()
                 if not isinstance(value, Tensor) or value.dim() != 0 or not value.requires_grad:

@@ -90,9 +90,11 @@ class FlatMTL(Optimizer):
             (MGDA-UB, 1810.04650): K times cheaper in the trunk. Norms and cosines of the record are then those of the
             features' gradients. Works with ``rho=0``, and with ``flat="sam"``, ``"asam"`` or ``"fsam"`` and
             ``combine="direct"``; ``flat="mtcool"`` perturbs the features themselves.
-        batched: makes the backwards of one forward as a single batched one
-            (``torch.autograd.grad(is_grads_batched=True)``). Faster for small models and on a GPU; needs a vmap rule
-            for every operation, and rounds differently in the last bits.
+        batched: ``True`` makes the backwards of one forward as a single batched one
+            (``torch.autograd.grad(is_grads_batched=True)``); ``"passes"`` also makes the perturbed passes of all tasks
+            as one, under ``torch.vmap`` over K copies of the parameters, of ``flat="fmtl"`` and ``"sgsu"``. Faster for
+            small models and on a GPU; needs a vmap rule for every operation and no ``.item()`` in the closure, and
+            rounds differently in the last bits.
         m_sharpness: with ``batches``, perturb along the gradient of each micro-batch instead of their mean.
         replay_rng: draw the same random numbers (dropout) in every pass of a step.
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is
@@ -129,7 +131,7 @@ class FlatMTL(Optimizer):
         shared: Iterable[Tensor | nn.Module] | None = None,
         modules: Iterable[nn.Module] | None = None,
         features: nn.Module | Iterable[nn.Module] | None = None,
-        batched: bool = False,
+        batched: bool | str = False,
         m_sharpness: bool = False,
         replay_rng: bool = True,
         nonfinite: str = "raise",
@@ -158,6 +160,11 @@ class FlatMTL(Optimizer):
         _check_choice("family_scale", family_scale, ("rms", None))
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0.0 < max_norm < math.inf):
             raise ValueError(f"Invalid max_norm: {max_norm} (expected None or a finite number > 0)")
+        _check_choice("batched", batched, (False, True, "passes"))
+        if batched == "passes" and not mode.points_known:
+            raise ValueError(f"batched='passes': in flatness mode {mode.name!r} the tasks have no points of their own")
+        if batched == "passes" and features is not None:
+            raise ValueError("batched='passes' does not work with features=")
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
         _check_choice("accumulate", accumulate, _ops.ACCUMULATE)
         _check_choice("sync", sync, ("auto", "exact", "local", None))
@@ -178,7 +185,7 @@ class FlatMTL(Optimizer):
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
         self.settings = Settings(
             aggregator, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            max_norm, self._read_features(features, mode, combine, rho, aggregator), bool(batched), bool(m_sharpness),
+            max_norm, self._read_features(features, mode, combine, rho, aggregator), batched, bool(m_sharpness),
             bool(replay_rng), seed, accumulate,
         )  # fmt: skip
         self.nonfinite = nonfinite

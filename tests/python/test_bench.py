@@ -29,7 +29,7 @@ SHORT = Effort(0.0, 3, sample=1e-6)
 TINY = dataclasses.replace(
     settings.QUICK, effort=SHORT, memory=4 << 20, kernel_tasks=(2, 3, 4), kernel_numbers=(300, 600, 1200),
     solver_tasks=(2, 3), aggregation_methods=("mgda",), aggregation_numbers=(100, 200, 400),
-    step_numbers=(100, 200, 400), resnet_batch=2, model_steps=1, memory_width=16,
+    step_numbers=(100, 200, 400), resnet_batch=2, model_steps=1, memory_width=16, batched_widths=(8,),
 )  # fmt: skip
 
 
@@ -59,8 +59,12 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
             },
         )  # fmt: skip
         calls: list[str] = []
-        result = run.run(TINY, progress=calls.append)
+        saved: list[set[str]] = []
+        result = run.run(TINY, progress=calls.append, save=lambda part: saved.append(set(part)))
         assert len(calls) == run.count(TINY, settings.SECTIONS)
+        assert [part & set(settings.SECTIONS) for part in saved] == [
+            set(settings.SECTIONS[: n + 1]) for n in range(len(settings.SECTIONS))
+        ]
     return json.loads(json.dumps(result))  # as it comes back from a file
 
 
@@ -270,7 +274,7 @@ def test_direction_difference_of_known_updates() -> None:
 
 
 def test_what_is_missing_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer"):
+    for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer", "LibMTL"):
         monkeypatch.setitem(sys.modules, package, None)
     versions = contenders.versions()
     assert versions["torchjd"]["version"] is None
@@ -338,6 +342,14 @@ def test_a_real_model_is_stepped() -> None:
     trained = steps.Trained("ResNet-18", 2, 2, 32)
     assert sum(p.numel() for p in trained.shared) == 11_689_512 - 513_000  # without the classifier
     assert [out.shape for out in trained.model(trained.x)] == [(2, 10), (2, 10)]
+
+
+def test_batched_options_are_timed() -> None:
+    entry = steps.batched_step(2, 8, Effort(0.0, 1), 1)
+    assert list(entry["times"]) == ["batched=False", "batched=True", "batched='passes'"]
+    (table,) = report._batched({"batched": [entry]})
+    assert table.rows[0][:2] == ["2", "8"]
+    assert len(table.columns) == len(table.rows[0]) == 7
 
 
 def test_bare_passes_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,11 @@ def bench(
 
     if quick and full:
         raise typer.BadParameter("--quick and --full exclude each other")
+
+    def save(record: dict[str, Any]) -> None:  # after every section: a run that is cut short has its first ones
+        if json_file is not None:
+            json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
     mode = MODES[(QUICK if quick else FULL if full else DEFAULT).name]
     names = [section.value for section in what] if what else list(SECTIONS)
     console = Console()
@@ -45,9 +50,7 @@ def bench(
     with warnings.catch_warnings(), Progress(*columns, console=console, transient=True) as bar:
         warnings.simplefilter("ignore")  # of other libraries, about their own dependencies
         job = bar.add_task("benchmark", total=run.count(mode, names))
-        record = run.run(mode, names, lambda what: bar.update(job, advance=1, description=what))
-    if json_file is not None:
-        json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        record = run.run(mode, names, lambda what: bar.update(job, advance=1, description=what), save)
     _report(record, console, plots, docs)
     if json_file is not None:
         console.print(f"All numbers: {json_file}")

@@ -67,6 +67,19 @@ class Transformer(nn.Module):
         return [head(z) for head in self.heads]
 
 
+class Perceptron(nn.Module):
+    """Three layers of `width`, with a linear head for each entry of `classes`."""
+
+    def __init__(self, classes: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(width, width), nn.ReLU())))
+        self.heads = nn.ModuleList(nn.Linear(width, n) for n in classes)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        z = self.trunk(x)
+        return [head(z) for head in self.heads]
+
+
 class VisionTransformer(nn.Module):
     """The parameters of ViT-Ti/16 (Touvron et al., arXiv 2012.12877): their shapes are used, it is not run."""
 

@@ -34,7 +34,7 @@ def tables(record: dict[str, Any]) -> list[Table]:
     found = [_machine(record), *targets(record, Table)]
     makers: dict[str, Sequence[Callable[[dict[str, Any]], Iterable[Table]]]] = {
         "kernels": (_kernels, _layouts), "solvers": (_solvers,), "aggregation": (_aggregation,),
-        "steps": (_arithmetic, _models, _memory),
+        "steps": (_arithmetic, _models, _batched, _memory),
     }  # fmt: skip
     for section, functions in makers.items():
         if section in record:
@@ -244,6 +244,21 @@ def _models(section: dict[str, Any]) -> Iterable[Table]:
     if body:
         columns = ["model", "P", steps.PASSES, OURS, REFERENCE, "flatmtl / passes", "reference / passes"]
         yield Table("models", "One step in training, cagrad, plain SGD.", columns, body)
+
+
+def _batched(section: dict[str, Any]) -> Iterable[Table]:
+    plain, *others = steps.BATCHED
+    body = [
+        [
+            str(case["tasks"]), str(case["width"]), *(_time(case["times"], name) for name in steps.BATCHED),
+            *(_over(case["times"], name) for name in others),
+        ]
+        for case in section.get("batched", [])
+    ]  # fmt: skip
+    if body:
+        title = "One step on a perceptron of three layers, a batch of 64, cagrad, plain SGD, by the option `batched`."
+        columns = ["K", "width", *steps.BATCHED, *(f"{name} / {plain}" for name in others)]
+        yield Table("batched", title, columns, body)
 
 
 def _memory(section: dict[str, Any]) -> Iterable[Table]:

@@ -23,8 +23,12 @@ def count(mode: Mode, what: Sequence[str]) -> int:
     return total
 
 
-def run(mode: Mode, what: Sequence[str] = SECTIONS, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Measures the sections, and gives a record for JSON. ValueError for an unknown section."""
+def run(
+    mode: Mode, what: Sequence[str] = SECTIONS, progress: Progress = lambda _: None,
+    save: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures the sections, and gives a record for JSON, to `save` after each section too. ValueError for an unknown
+    section."""
     for name in what:
         if name not in SECTIONS:
             raise ValueError(f"there is no section {name!r}; there are {', '.join(SECTIONS)}")
@@ -40,5 +44,6 @@ def run(mode: Mode, what: Sequence[str] = SECTIONS, progress: Progress = lambda 
     for name in SECTIONS:
         if name in what:
             record[name] = sections[name]()
-    record["seconds"] = time.perf_counter() - begin
+            record["seconds"] = time.perf_counter() - begin
+            save(record)
     return record

@@ -34,6 +34,7 @@ class Mode:
     resnet_size: int
     model_steps: int
     memory_width: int
+    batched_widths: tuple[int, ...]
 
 
 QUICK = Mode(
@@ -42,7 +43,7 @@ QUICK = Mode(
     one_thread=False,
     solver_tasks=(2, 5, 10, 20), aggregation_methods=("mgda", "cagrad"), aggregation_tasks=(3,),
     aggregation_numbers=(10_000, 100_000, 1_000_000), step_tasks=(3,), step_numbers=(100_000, 1_000_000),
-    resnet_tasks=(2,), resnet_batch=4, resnet_size=32, model_steps=3, memory_width=512,
+    resnet_tasks=(2,), resnet_batch=4, resnet_size=32, model_steps=3, memory_width=512, batched_widths=(64,),
 )  # fmt: skip
 DEFAULT = Mode(
     "default", Effort(0.4, 5), 512 << 20,
@@ -51,7 +52,7 @@ DEFAULT = Mode(
     solver_tasks=(2, 3, 5, 10, 20, 40), aggregation_methods=("sum", "mgda", "pcgrad", "cagrad", "nash_mtl", "upgrad"),
     aggregation_tasks=(2, 3, 10), aggregation_numbers=(10_000, 100_000, 1_000_000, 10_000_000),
     step_tasks=(3, 10), step_numbers=(100_000, 1_000_000, 10_000_000),
-    resnet_tasks=(2,), resnet_batch=64, resnet_size=64, model_steps=7, memory_width=1024,
+    resnet_tasks=(2,), resnet_batch=64, resnet_size=64, model_steps=7, memory_width=1024, batched_widths=(64, 512),
 )  # fmt: skip
 FULL = Mode(
     "full", Effort(1.5, 7), 3 << 30,
@@ -62,5 +63,6 @@ FULL = Mode(
     aggregation_tasks=(2, 3, 5, 10, 20), aggregation_numbers=(10_000, 100_000, 1_000_000, 10_000_000),
     step_tasks=(3, 10), step_numbers=(100_000, 1_000_000, 10_000_000),
     resnet_tasks=(2, 10), resnet_batch=64, resnet_size=64, model_steps=9, memory_width=2048,
+    batched_widths=(64, 256, 1024),
 )  # fmt: skip
 MODES = {mode.name: mode for mode in (QUICK, DEFAULT, FULL)}

@@ -17,7 +17,7 @@ import flatmtl
 
 from .. import _compare, reference
 from . import contenders, machine, rows
-from .models import ResNet18, Transformer
+from .models import Perceptron, ResNet18, Transformer
 from .probes import Probes
 from .settings import Mode, Progress
 from .timing import Effort, fits, interleave, threads
@@ -125,7 +125,12 @@ def _transformer(tasks: int, batch: int, size: int) -> tuple[nn.Module, Tensor]:
     return model, torch.randint(model.vocabulary, (batch, size))
 
 
-MODELS = {"ResNet-18": _resnet, "transformer": _transformer}
+def _perceptron(tasks: int, batch: int, size: int) -> tuple[nn.Module, Tensor]:
+    return Perceptron([10] * tasks, size), torch.randn(batch, size)
+
+
+MODELS = {"ResNet-18": _resnet, "transformer": _transformer, "perceptron": _perceptron}
+BATCHED: dict[str, bool | str] = {"batched=False": False, "batched=True": True, "batched='passes'": "passes"}
 
 
 class Trained:
@@ -154,9 +159,9 @@ class Trained:
         for i, own in enumerate(self.own if perturbed else []):
             kept.append(torch.autograd.grad(self.closure()[i], self.shared + own))
 
-    def optimizer(self, name: str, rho: float = 0.05) -> Any:
+    def optimizer(self, name: str, rho: float = 0.05, **options: Any) -> Any:
         wrapper: Any = flatmtl.FlatMTL if name == OURS else reference.FlatMTL
-        return wrapper(torch.optim.SGD(self.model.parameters(), lr=1e-3), aggregator="cagrad", rho=rho)
+        return wrapper(torch.optim.SGD(self.model.parameters(), lr=1e-3), aggregator="cagrad", rho=rho, **options)
 
 
 def model_step(name: str, tasks: int, batch: int, size: int, effort: Effort, count: int) -> dict[str, Any]:
@@ -176,6 +181,18 @@ def model_step(name: str, tasks: int, batch: int, size: int, effort: Effort, cou
         "model": name, "tasks": tasks, "batch": batch, "size": size, "numbers": numbers, "threads": count,
         "times": times,
     }  # fmt: skip
+
+
+def batched_step(tasks: int, width: int, effort: Effort, count: int) -> dict[str, Any]:
+    """Times of a step on a perceptron by the option `batched`; ratios to "batched=False"."""
+    batch = 64
+    with threads(count):
+        works: dict[str, Callable[[], Any]] = {}
+        for name, value in BATCHED.items():
+            trained = Trained("perceptron", tasks, batch, width)
+            works[name] = partial(trained.optimizer(OURS, batched=value).step, trained.closure)
+        times = interleave(works, effort, "batched=False")
+    return {"tasks": tasks, "width": width, "batch": batch, "threads": count, "times": times}
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -249,12 +266,15 @@ def plan(mode: Mode) -> list[Callable[[Probes], tuple[str, dict[str, Any]]]]:
         arguments = ("ResNet-18", tasks, mode.resnet_batch, mode.resnet_size, steps, count)
         todo.append(lambda p, arguments=arguments: ("models", model_step(*arguments)))  # type: ignore[misc]
     todo.append(lambda p: ("models", model_step("transformer", 3, mode.resnet_batch, 32, steps, count)))
+    for tasks in mode.step_tasks:
+        for width in mode.batched_widths:
+            todo.append(lambda p, t=tasks, w=width: ("batched", batched_step(t, w, effort, count)))  # type: ignore[misc]
     todo.append(lambda p: ("memory", memory(3, mode.memory_width)))
     return todo
 
 
 def run(mode: Mode, probes: Probes, progress: Progress) -> dict[str, Any]:
-    record: dict[str, Any] = {"arithmetic": [], "models": [], "memory": []}
+    record: dict[str, Any] = {"arithmetic": [], "models": [], "batched": [], "memory": []}
     for work in plan(mode):
         kind, entry = work(probes)
         record[kind].append(entry)

@@ -22,6 +22,8 @@ class Flatness:
     uses_rho: ClassVar[bool] = True
     #: Whether a step leaves something for the next, so that it cannot be made once a micro-batch.
     has_state: ClassVar[bool] = False
+    #: Whether every task has a point of its own that is known before the first perturbed pass (`Step.perturb_each`).
+    points_known: ClassVar[bool] = False
     #: Whether `FlatMTL(features=)` must be given for the mode itself.
     needs_features: ClassVar[bool] = False
     #: What `combine=None` means.

@@ -37,6 +37,7 @@ class FMTL(Flatness):
     alpha: float | None = None
 
     name = "fmtl"
+    points_known = True
 
     @property
     def has_state(self) -> bool:  # type: ignore[override]
@@ -53,10 +54,7 @@ class FMTL(Flatness):
             if old is not None and old["orthogonal"][state.index] and old["age"][state.index] < self.every:
                 state.reused = True
                 self._reuse(step, state, old)
-                continue
-            step.move_along(state)
-            step.passes.perturbed(step.micro, [state])
-            step.point.restore(state.own)  # the shared ones are overwritten by the next task's move
+        step.perturb_each([s for s in step.present if not s.reused], step.along)
 
     def _reuse(self, step: Step, state: TaskState, old: dict[str, Any]) -> None:
         norm = _norm(step, state)

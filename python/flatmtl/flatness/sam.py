@@ -41,7 +41,7 @@ class SAM(Flatness):
         count = len(step.shared)
         adaptive = step.settings.adaptive
         sq_shared = step.sq_norm(row[:count], step.shared, adaptive)
-        step.move(row, own, sq_shared, step.sq_norm(row[count:], own, adaptive))
+        step.point.move(step.along_row(row, own, sq_shared, step.sq_norm(row[count:], own, adaptive)))
         step.passes.perturbed(step.micro, step.present)
 
     def _direction(self, step: Step, row: list[Tensor], own: Sequence[int]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .._point import Move
 from .._random import generator
 from ._base import Flatness
 
@@ -59,7 +60,8 @@ class SAMO(Flatness):
             h = [own[i] for i in state.own]
             adaptive = step.settings.adaptive
             sq_shared = step.sq_norm(direction, step.shared, adaptive)
-            step.move([*direction, *h], state.own, sq_shared, step.sq_norm(h, state.own, adaptive))
+            sq_own = step.sq_norm(h, state.own, adaptive)
+            step.point.move(step.along_row([*direction, *h], state.own, sq_shared, sq_own))
             step.passes.perturbed(step.micro, [state])
             step.point.restore(state.own)
 
@@ -71,7 +73,7 @@ class SAMO(Flatness):
         z = [step.point.normal(i, draws) for i in step.shared]
         differences = []
         for side in (self.mu, -self.mu):
-            step.point.move(step.shared, z, [side] * len(z), False, 0.0)
+            step.point.move(Move(step.shared, z, [side] * len(z)))
             (loss,) = step.passes.losses_here(step.micro, [state])
             differences.append(float(loss))
         rise = differences[0] - differences[1]

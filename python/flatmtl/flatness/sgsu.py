@@ -6,10 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .._point import Move
 from ._base import Flatness
 
 if TYPE_CHECKING:
     from .._step import Step
+    from .._task import TaskState
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class SGSU(Flatness):
     inner_lr: float = 0.01
 
     name = "sgsu"
+    points_known = True
     uses_rho = False
     default_combine = "direct"
 
@@ -33,8 +36,11 @@ class SGSU(Flatness):
             raise ValueError(f"SGSU: inner_lr is {self.inner_lr}; it must be a finite number >= 0")
 
     def perturb(self, step: Step) -> None:
-        for k, state in enumerate(step.present):
-            rate = -self.inner_lr / step.loss_scale * step.factor(k)  # that of the loss c_i l_i with a weighting
-            scales = [rate * step.params[i].sign for i in step.shared]
-            step.point.move(step.shared, step.point.row(state.grads, step.shared), scales, False, 0.0)
-            step.passes.perturbed(step.micro, [state])
+        factors = {state.index: step.factor(k) for k, state in enumerate(step.present)}
+
+        def move(state: TaskState) -> Move:
+            rate = -self.inner_lr / step.loss_scale * factors[state.index]  # that of the loss c_i l_i with a weighting
+            row = step.point.row(state.grads, step.shared)
+            return Move(step.shared, row, [rate * step.params[i].sign for i in step.shared])
+
+        step.perturb_each(step.present, move)
