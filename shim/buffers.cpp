@@ -27,9 +27,9 @@ int32_t option_count(const char *op, const std::vector<double> &options) {
 // x_i = a_i g_i + b_i (s_i - g_i); an empty list of perturbed rows is none.
 struct Mixed {
   Mixed(const char *op, Segments &segments, const char *name, const Tensors &loss_rows, const Tensors &perturbed_rows,
-        int64_t num_tasks, const Tensor &loss_factors, const Tensor &flat_factors)
-      : loss(segments, name, loss_rows, num_tasks) {
-    if (!perturbed_rows.empty()) perturbed.emplace(segments, "perturbed_rows", perturbed_rows, num_tasks);
+        int64_t num_tasks, const Tensor &loss_factors, const Tensor &flat_factors, Dtype allowed = Dtype::same)
+      : loss(segments, name, loss_rows, num_tasks, allowed) {
+    if (!perturbed_rows.empty()) perturbed.emplace(segments, "perturbed_rows", perturbed_rows, num_tasks, allowed);
     value = {loss.get(), perturbed ? perturbed->get() : nullptr,
              doubles_argument(op, "loss_factors", loss_factors, {num_tasks}),
              doubles_argument(op, "flat_factors", flat_factors, {num_tasks})};
@@ -57,14 +57,14 @@ struct Buffers {
         fail(op, "buffers[0][" + std::to_string(t) + "] has another shape, or its elements in another order, than [" +
                      std::to_string(t) + "] of the rows");
     }
-    value = {segments.dtype(), static_cast<int32_t>(num_tasks), segments.count(), segments.lengths(), data.data()};
+    value = {data.dtype, static_cast<int32_t>(num_tasks), segments.count(), segments.lengths(), data.pointers.data()};
   }
   Buffers(const Buffers &) = delete;
   Buffers &operator=(const Buffers &) = delete;
   const flatmtl_buffers *get() const { return &value; }
 
   Segments segments;
-  std::vector<void *> data;
+  Data data;
   flatmtl_buffers value{};
 };
 
@@ -116,7 +116,8 @@ void graddrop_(const Tensors &out, const Tensors &loss_rows, const Tensors &pert
   Context context(op, num_tasks);
   Segments segments(op);
   const Vector target(segments, "out", out);
-  const Mixed rows(op, segments, "loss_rows", loss_rows, perturbed_rows, num_tasks, loss_factors, flat_factors);
+  const Mixed rows(op, segments, "loss_rows", loss_rows, perturbed_rows, num_tasks, loss_factors, flat_factors,
+                   Dtype::narrow);
   flatmtl_error error{};
   context.check(flatmtl_graddrop(context.get(), rows.get(), doubles_argument(op, "leak", leak, {num_tasks}), seed, draw,
                                  call, position, target.get(), &error),

@@ -73,7 +73,7 @@ Tensor sq_norms(const Tensors &rows, int64_t num_tasks, const Tensors &params, d
   Segments segments(op);
   const Rows matrix(segments, "rows", rows, num_tasks);
   std::optional<Rows> weights;
-  if (!params.empty()) weights.emplace(segments, "params", params);
+  if (!params.empty()) weights.emplace(segments, "params", params, Dtype::wide);
   Tensor result = new_doubles({num_tasks});
   flatmtl_error error{};
   context.check(allow_nonfinite(flatmtl_sq_norms(context.get(), matrix.get(), weights ? weights->get() : nullptr, eta,
@@ -220,7 +220,7 @@ void perturb_(const Tensors &params, const Tensors &saved, const Tensors &grads,
   Context context(op, 1);
   Segments segments(op);
   const Vector out(segments, "params", params);
-  const Rows from(segments, "saved", saved), gradient(segments, "grads", grads);
+  const Rows from(segments, "saved", saved), gradient(segments, "grads", grads, Dtype::narrow);
   if (static_cast<int64_t>(scale.size()) != segments.count())
     fail(op, "scale has " + std::to_string(scale.size()) + " values, params has " + std::to_string(segments.count()) +
                  " tensors");
@@ -245,7 +245,7 @@ void combine_(const Tensors &out, const Tensors &rows, int64_t num_tasks, const 
   Context context(op, num_tasks);
   Segments segments(op);
   const Vector result(segments, "out", out);
-  const Rows matrix(segments, "rows", rows, num_tasks);
+  const Rows matrix(segments, "rows", rows, num_tasks, Dtype::narrow);
   const double *values = doubles_argument(op, "weights", weights, {num_tasks});
   flatmtl_error error{};
   context.check(flatmtl_combine(context.get(), matrix.get(), values, result.get(), &error), error);
@@ -257,8 +257,8 @@ void combine_pair_(const Tensors &out, const Tensors &loss_rows, const Tensors &
   Context context(op, num_tasks);
   Segments segments(op);
   const Vector result(segments, "out", out);
-  const Rows loss(segments, "loss_rows", loss_rows, num_tasks);
-  const Rows perturbed(segments, "perturbed_rows", perturbed_rows, num_tasks);
+  const Rows loss(segments, "loss_rows", loss_rows, num_tasks, Dtype::narrow);
+  const Rows perturbed(segments, "perturbed_rows", perturbed_rows, num_tasks, Dtype::narrow);
   const double *a = doubles_argument(op, "loss_weights", loss_weights, {num_tasks});
   const double *b = doubles_argument(op, "flat_weights", flat_weights, {num_tasks});
   flatmtl_error error{};
@@ -273,7 +273,7 @@ Tensors perturb(const Tensors &saved, const Tensors &grads, const std::vector<do
   const char *op = "perturb";
   Context context(op, 1);
   Segments segments(op);
-  const Rows from(segments, "saved", saved), gradient(segments, "grads", grads);
+  const Rows from(segments, "saved", saved), gradient(segments, "grads", grads, Dtype::narrow);
   if (static_cast<int64_t>(scale.size()) != segments.count())
     fail(op, "scale has " + std::to_string(scale.size()) + " values, saved has " + std::to_string(segments.count()) +
                  " tensors");

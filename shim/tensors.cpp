@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 #include <stdexcept>
+#include <utility>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -178,9 +179,8 @@ std::string Segments::reference(int64_t segment) const {
 
 void Segments::take(const std::string &name, const Tensor &tensor, const Shape &shape, int32_t torch_dtype) {
   if (lengths_.empty()) {
-    const int dtype = core_dtype(torch_dtype);
-    if (dtype < 0) fail(op_, name + " is " + dtype_name(torch_dtype) + "; float32, float64, bfloat16 and float16 work");
-    dtype_ = static_cast<flatmtl_dtype>(dtype);
+    if (core_dtype(torch_dtype) < 0)
+      fail(op_, name + " is " + dtype_name(torch_dtype) + "; float32, float64, bfloat16 and float16 work");
     torch_dtype_ = torch_dtype;
   } else if (torch_dtype != torch_dtype_) {
     fail(op_, name + " is " + dtype_name(torch_dtype) + ", " + reference(0) + " is " + dtype_name(torch_dtype_));
@@ -193,10 +193,12 @@ void Segments::take(const std::string &name, const Tensor &tensor, const Shape &
 }
 
 void Segments::compare(const std::string &name, int64_t segment, const Tensor &tensor, const Shape &shape,
-                       int32_t torch_dtype) const {
+                       int32_t torch_dtype, int32_t expected_dtype) const {
   const Shape &expected = shapes_[segment];
-  if (torch_dtype != torch_dtype_)
-    fail(op_, name + " is " + dtype_name(torch_dtype) + ", " + reference(segment) + " is " + dtype_name(torch_dtype_));
+  if (torch_dtype != expected_dtype)
+    fail(op_, name + " is " + dtype_name(torch_dtype) + ", " +
+                  (expected_dtype == torch_dtype_ ? reference(segment) + " is " : "the tensors before it are ") +
+                  dtype_name(expected_dtype));
   const int64_t length = tensor.numel();
   if (length != lengths_[segment])
     fail(op_, name + " has " + std::to_string(length) + " elements, " + reference(segment) + " has " +
@@ -209,7 +211,16 @@ void Segments::compare(const std::string &name, int64_t segment, const Tensor &t
                   list(expected.dim, expected.strides) + "; their elements must lie in the same order");
 }
 
-std::vector<void *> Segments::add(const char *name, const Tensors &tensors, int64_t num_rows, bool has_rows) {
+bool Segments::allows(Dtype allowed, int32_t torch_dtype) const {
+  const int32_t wide = aoti_torch_dtype_float32();
+  const auto is_narrow = [](int32_t dtype) {
+    return dtype == aoti_torch_dtype_bfloat16() || dtype == aoti_torch_dtype_float16();
+  };
+  if (allowed == Dtype::narrow) return torch_dtype_ == wide && is_narrow(torch_dtype);
+  return allowed == Dtype::wide && torch_dtype == wide && is_narrow(torch_dtype_);
+}
+
+Data Segments::add(const char *name, const Tensors &tensors, int64_t num_rows, bool has_rows, Dtype allowed) {
   const int64_t total = static_cast<int64_t>(tensors.size());
   const bool first = name_ == nullptr;
   if (first) {
@@ -225,6 +236,7 @@ std::vector<void *> Segments::add(const char *name, const Tensors &tensors, int6
                   std::to_string(count()));
   }
   const int64_t num_segments = total / num_rows;
+  int32_t expected_dtype = allowed == Dtype::narrow && rows_dtype_ >= 0 ? rows_dtype_ : torch_dtype_;
   std::vector<void *> data(total);
   for (int64_t i = 0; i < total; ++i) {
     const int64_t row = i / num_segments, segment = i % num_segments;
@@ -237,30 +249,35 @@ std::vector<void *> Segments::add(const char *name, const Tensors &tensors, int6
     const int32_t dtype = ask<int32_t>(aoti_torch_get_dtype, tensor);
     if (first && row == 0) {
       take(label(), tensor, shape, dtype);
+      expected_dtype = torch_dtype_;
     } else {
+      if (i == 0 && rows_dtype_ < 0 && allows(allowed, dtype)) expected_dtype = dtype;
       const Shape &expected = shapes_[segment];
       const size_t bytes = sizeof(int64_t) * static_cast<size_t>(expected.dim);
       // The usual case by comparing bytes; compare() finds what differs, if that matters.
-      if (dtype != torch_dtype_ || shape.dim != expected.dim || std::memcmp(shape.sizes, expected.sizes, bytes) != 0 ||
+      if (dtype != expected_dtype || shape.dim != expected.dim ||
+          std::memcmp(shape.sizes, expected.sizes, bytes) != 0 ||
           std::memcmp(shape.strides, expected.strides, bytes) != 0)
-        compare(label(), segment, tensor, shape, dtype);
+        compare(label(), segment, tensor, shape, dtype, expected_dtype);
     }
     data[i] = tensor.data_ptr();
   }
-  return data;
+  if (allowed == Dtype::narrow && total > 0) rows_dtype_ = expected_dtype;
+  const int dtype = core_dtype(expected_dtype);
+  return {std::move(data), dtype < 0 ? FLATMTL_F32 : static_cast<flatmtl_dtype>(dtype)};  // of no tensors: any
 }
 
-Rows::Rows(Segments &segments, const char *name, const Tensors &tensors, int64_t num_rows)
-    : data_(segments.add(name, tensors, num_rows, true)),
-      rows_{segments.dtype(), static_cast<int32_t>(num_rows), segments.count(), segments.lengths(), data_.data()} {}
+Rows::Rows(Segments &segments, const char *name, const Tensors &tensors, int64_t num_rows, Dtype allowed)
+    : data_(segments.add(name, tensors, num_rows, true, allowed)),
+      rows_{data_.dtype, static_cast<int32_t>(num_rows), segments.count(), segments.lengths(), data_.pointers.data()} {}
 
-Rows::Rows(Segments &segments, const char *name, const Tensors &tensors)
-    : data_(segments.add(name, tensors, 1, false)),
-      rows_{segments.dtype(), 1, segments.count(), segments.lengths(), data_.data()} {}
+Rows::Rows(Segments &segments, const char *name, const Tensors &tensors, Dtype allowed)
+    : data_(segments.add(name, tensors, 1, false, allowed)),
+      rows_{data_.dtype, 1, segments.count(), segments.lengths(), data_.pointers.data()} {}
 
 Vector::Vector(Segments &segments, const char *name, const Tensors &tensors)
     : data_(segments.add(name, tensors, 1, false)),
-      vector_{segments.dtype(), segments.count(), segments.lengths(), data_.data()} {}
+      vector_{data_.dtype, segments.count(), segments.lengths(), data_.pointers.data()} {}
 
 void Context::Free::operator()(void *memory) const {
   std::free(memory);

@@ -23,18 +23,27 @@ using Tensors = std::vector<Tensor>;
 // Throws for an error of the C core (status < 0); otherwise returns status.
 flatmtl_status check(const char *op, flatmtl_status status, const flatmtl_error &error);
 
+// The dtype of a list of tensors against that of the first one: the same, or also rows of bfloat16 or float16 beside a
+// float32 vector, where the list is the rows (narrow) or the vector (wide).
+enum class Dtype { same, narrow, wide };
+
+// Data pointers, row-major, and the dtype of what they point to.
+struct Data {
+  std::vector<void *> pointers;
+  flatmtl_dtype dtype;
+};
+
 // The dtype and the shape of every segment, as the first list of tensors of a call sets them. Later lists are held
 // against it. Points into that list, which must outlive it.
 class Segments {
  public:
   explicit Segments(const char *op) : op_(op) {}
 
-  // Takes or checks num_rows x T tensors; returns their data pointers, row-major. name as in the op's schema; has_rows
-  // says whether messages call an element name[row][segment] or name[segment].
-  std::vector<void *> add(const char *name, const Tensors &tensors, int64_t num_rows, bool has_rows);
+  // Takes or checks num_rows x T tensors. name as in the op's schema; has_rows says whether messages call an element
+  // name[row][segment] or name[segment].
+  Data add(const char *name, const Tensors &tensors, int64_t num_rows, bool has_rows, Dtype allowed = Dtype::same);
 
   const char *op() const { return op_; }
-  flatmtl_dtype dtype() const { return dtype_; }
   int64_t count() const { return static_cast<int64_t>(lengths_.size()); }
   const int64_t *lengths() const { return lengths_.data(); }
 
@@ -44,15 +53,16 @@ class Segments {
     const int64_t *sizes, *strides;
   };
   void take(const std::string &name, const Tensor &tensor, const Shape &shape, int32_t torch_dtype);
-  void compare(const std::string &name, int64_t segment, const Tensor &tensor, const Shape &shape,
-               int32_t torch_dtype) const;
+  void compare(const std::string &name, int64_t segment, const Tensor &tensor, const Shape &shape, int32_t torch_dtype,
+               int32_t expected_dtype) const;
+  bool allows(Dtype allowed, int32_t torch_dtype) const;
   std::string reference(int64_t segment) const;
 
   const char *op_;
   const char *name_ = nullptr;  // of the first list
   bool has_rows_ = false;
-  flatmtl_dtype dtype_ = FLATMTL_F32;
   int32_t torch_dtype_ = -1;
+  int32_t rows_dtype_ = -1;  // of the lists of rows that may be narrower; they are of one dtype
   std::vector<int64_t> lengths_;
   std::vector<Shape> shapes_;
 };
@@ -60,15 +70,15 @@ class Segments {
 // A Tensor[] argument of num_rows x T tensors.
 class Rows {
  public:
-  Rows(Segments &segments, const char *name, const Tensors &tensors, int64_t num_rows);
+  Rows(Segments &segments, const char *name, const Tensors &tensors, int64_t num_rows, Dtype allowed = Dtype::same);
   // One row: a plain list of T tensors.
-  Rows(Segments &segments, const char *name, const Tensors &tensors);
+  Rows(Segments &segments, const char *name, const Tensors &tensors, Dtype allowed = Dtype::same);
   Rows(const Rows &) = delete;
   Rows &operator=(const Rows &) = delete;
   const flatmtl_rows *get() const { return &rows_; }
 
  private:
-  std::vector<void *> data_;
+  Data data_;
   flatmtl_rows rows_;
 };
 
@@ -81,7 +91,7 @@ class Vector {
   const flatmtl_vector *get() const { return &vector_; }
 
  private:
-  std::vector<void *> data_;
+  Data data_;
   flatmtl_vector vector_;
 };
 

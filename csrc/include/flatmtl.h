@@ -101,6 +101,9 @@ FLATMTL_API flatmtl_status flatmtl_select_isa(const char *name, flatmtl_error *e
  *
  * A vector of P numbers is a list of segments (a parameter tensor each, say), so that nothing has to be flattened.
  * Segments of length 0 are ordinary, and their pointers may be NULL.
+ *
+ * "Beside": rows of gradients beside a vector have its segment table, and its dtype or, where that is F32, also BF16 or
+ * F16: half of the memory. They are widened exactly, so that a result is, bit for bit, that of the same values in F32.
  */
 
 typedef enum flatmtl_dtype {
@@ -159,7 +162,7 @@ FLATMTL_API flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *byt
 
 /* sq_norms[i] = SUM_p (t_p x_ip)^2, with t_p = 1 if params is NULL, else t_p = |params_p| + eta (ASAM, 2102.11600).
  *  rows      K rows; ERROR_NONFINITE names the first row whose result is Inf or NaN (sq_norms is written all the same)
- *  params    NULL, or one row with the same segment table and dtype
+ *  params    NULL, or one row that the rows may stand beside
  *  eta       >= 0; ignored if params is NULL
  *  sq_norms  [K], out */
 FLATMTL_API flatmtl_status flatmtl_sq_norms(const flatmtl_context *context, const flatmtl_rows *rows,
@@ -184,7 +187,7 @@ FLATMTL_API flatmtl_status flatmtl_gramian_pair(const flatmtl_context *context, 
 
 /* out_p = SUM_i weights[i] x_ip, summed in double in the order of the rows, rounded once to out's dtype.
  *  weights   [K], finite
- *  out       the rows' segment table and dtype; may not overlap them */
+ *  out       a vector that the rows may stand beside; may not overlap them */
 FLATMTL_API flatmtl_status flatmtl_combine(const flatmtl_context *context, const flatmtl_rows *rows,
                                            const double *weights, const flatmtl_vector *out, flatmtl_error *error);
 
@@ -197,9 +200,9 @@ FLATMTL_API flatmtl_status flatmtl_combine_pair(const flatmtl_context *context, 
 
 /* params_p = saved_p + scale[segment of p] * t_p^2 * gradient_p, with t_p = 1, or |saved_p| + eta if adaptive; computed
  * in double, rounded once. scale is rho / ||t gradient||, 0 where the norm is 0 (paper, Algorithm 1 step 2; ASAM).
- *  params    written to
+ *  params    written to; dtype and segment table of saved
  *  saved     one row: the unperturbed values; may not overlap params
- *  gradient  one row
+ *  gradient  one row, beside saved
  *  scale     [num_segments], finite */
 FLATMTL_API flatmtl_status flatmtl_perturb(const flatmtl_context *context, const flatmtl_vector *params,
                                            const flatmtl_rows *saved, const flatmtl_rows *gradient, const double *scale,
@@ -463,7 +466,7 @@ FLATMTL_API flatmtl_status flatmtl_cross_gramian(const flatmtl_context *context,
  *  seed, draw, call  >= 0: which random numbers; call tells the calls within a step apart (0 the loss family, 1 the
  *            flat family)
  *  position  >= 0: the place of the first element in the whole vector, where the rows are a part of one
- *  out       the rows' segment table and dtype; may not overlap them */
+ *  out       a vector that the rows may stand beside; may not overlap them */
 FLATMTL_API flatmtl_status flatmtl_graddrop(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
                                             const double *leak, int64_t seed, int64_t draw, int64_t call,
                                             int64_t position, const flatmtl_vector *out, flatmtl_error *error);
@@ -474,11 +477,14 @@ FLATMTL_API flatmtl_status flatmtl_combine_buffers(const flatmtl_context *contex
                                                    const double *weights, const flatmtl_vector *out,
                                                    flatmtl_error *error);
 
-/* One step of graddrop, moco, db_mtl or excess_mtl (ERROR_NAME for sdmgrad, which has three batches), of up to 64
- * tasks. rows     x. Finite: ERROR_NONFINITE names the row, and nothing has changed losses   [K]; needed for moco and
- * db_mtl, otherwise ignored call     of graddrop's random numbers buffers  in and out, NULL for graddrop state    in
- * and out, NULL where its size is 0 weights  [K], out, or NULL; NAN for graddrop out      the update: the rows' segment
- * table and dtype; may overlap nothing */
+/* One step of graddrop, moco, db_mtl or excess_mtl, of up to 64 tasks; ERROR_NAME for sdmgrad (three batches).
+ *  rows     x. Finite: ERROR_NONFINITE names the row, and nothing has changed
+ *  losses   [K]; needed for moco and db_mtl, otherwise ignored
+ *  call     of graddrop's random numbers
+ *  buffers  in and out, NULL for graddrop
+ *  state    in and out, NULL where its size is 0
+ *  weights  [K], out, or NULL; NAN for graddrop
+ *  out      the update: a vector that the rows may stand beside; may overlap nothing */
 FLATMTL_API flatmtl_status flatmtl_buffer_update(const flatmtl_context *context, flatmtl_buffer_method method,
                                                  const double *options, int32_t num_options,
                                                  const flatmtl_mixed_rows *rows, const double *losses, int64_t call,
@@ -595,7 +601,8 @@ FLATMTL_API flatmtl_status flatmtl_loss_observe(const flatmtl_context *context, 
  */
 
 /* The caller's buffers, K = num_tasks. Arrays and structs must outlive the step; the pointers in them may change
- * between steps, the shapes may not. Tasks without parameters of their own have num_segments 0. */
+ * between steps, the shapes may not. Tasks without parameters of their own have num_segments 0. The gradients g, s, h,
+ * t stand beside their parameters. */
 typedef struct flatmtl_problem {
   int32_t num_tasks;
   flatmtl_vector shared;             /* theta */
@@ -648,8 +655,8 @@ FLATMTL_API flatmtl_status flatmtl_step_restore(flatmtl_step *step, const flatmt
 FLATMTL_API flatmtl_status flatmtl_step_finish(flatmtl_step *step, const flatmtl_context *context,
                                                flatmtl_error *error);
 
-/* Writes the combined update of theta to out (the shared segment table; may be shared_saved, not the rows). The update
- * of psi_i is own_perturbed[i] (own_loss[i] if both radii are 0). */
+/* Writes the combined update of theta to out (a vector that the rows may stand beside; may be shared_saved, not the
+ * rows). The update of psi_i is own_perturbed[i] (own_loss[i] if both radii are 0). */
 FLATMTL_API flatmtl_status flatmtl_step_update(flatmtl_step *step, const flatmtl_context *context,
                                                const flatmtl_vector *out, flatmtl_error *error);
 

@@ -267,7 +267,7 @@ static flatmtl_status check_update(const flatmtl_context *context, const method 
   flatmtl_status status = fm_check_vector(out, "out", error);
   if (status != FLATMTL_OK) return status;
   const flatmtl_rows target = fm_as_rows(out);
-  status = fm_check_same_table(rows->loss_rows, &target, "out", error);
+  status = fm_check_beside(&target, rows->loss_rows, &target, "out", error);
   if (status != FLATMTL_OK) return status;
   if (entry->state > 0 && !state) return fm_fail(error, FLATMTL_ERROR_NULL, "state", -1, -1, NAN);
   const fm_buffers inputs[] = {{"loss_rows", rows->loss_rows, NULL, 1},

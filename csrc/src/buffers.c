@@ -396,7 +396,7 @@ flatmtl_status flatmtl_graddrop(const flatmtl_context *context, const flatmtl_mi
   for (int i = 0; i < 4; i++)
     if (numbers[i] < 0) return fm_fail(error, FLATMTL_ERROR_OPTION, names[i], -1, -1, (double)numbers[i]);
   const flatmtl_rows target = fm_as_rows(out);
-  status = fm_check_same_table(rows->loss_rows, &target, "out", error);
+  status = fm_check_beside(&target, rows->loss_rows, &target, "out", error);
   if (status != FLATMTL_OK) return status;
   const fm_buffers outputs[] = {{"out", &target, NULL, 1}};
   const fm_buffers inputs[] = {{"loss_rows", rows->loss_rows, NULL, 1},

@@ -116,8 +116,10 @@ static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
 static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
   const double scale = job->scale[cursor->segment * job->scale_stride];
   const size_t size = fm_dtype_size(job->saved->dtype);
+  float saved_wide[FM_BLOCK], gradient_wide[FM_BLOCK];
+  const void *along = widened(job, job->gradient, 0, cursor, n, gradient_wide);
   if (size > 2) {
-    const void *from = fm_row_at(job->saved, 0, cursor, size), *along = fm_row_at(job->gradient, 0, cursor, size);
+    const void *from = fm_row_at(job->saved, 0, cursor, size);
     void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
     if (job->saved->dtype == FLATMTL_F64) {
       job->kernels->perturb_f64(from, along, scale, job->adaptive, job->eta, n, out);
@@ -127,10 +129,8 @@ static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
     return;
   }
   double moved[FM_BLOCK];
-  float saved_wide[FM_BLOCK], gradient_wide[FM_BLOCK];
   const float *saved = widened(job, job->saved, 0, cursor, n, saved_wide);
-  const float *gradient = widened(job, job->gradient, 0, cursor, n, gradient_wide);
-  job->kernels->perturb_wide(saved, gradient, scale, job->adaptive, job->eta, n, moved);
+  job->kernels->perturb_wide(saved, along, scale, job->adaptive, job->eta, n, moved);
   store(job, moved, cursor, n);
 }
 
@@ -155,7 +155,7 @@ static void combine_range(int64_t begin, int64_t end, void *context) {
 
 static void perturb_range(int64_t begin, int64_t end, void *context) {
   const job *job = context;
-  for_blocks(job, begin, end, fm_dtype_size(job->saved->dtype) > 2 ? INT64_MAX : FM_BLOCK, perturb_block);
+  for_blocks(job, begin, end, fm_dtype_size(job->gradient->dtype) > 2 ? INT64_MAX : FM_BLOCK, perturb_block);
 }
 
 static void copy_block(const job *job, const fm_cursor *cursor, int64_t n) {
@@ -173,12 +173,9 @@ static void run(const flatmtl_context *context, job *job, flatmtl_range_fn fn) {
   fm_parallel(context, fm_total_length(job->out), FM_GRAIN, fn, job);
 }
 
-/* out fits the rows and overlaps none of them. */
+/* out overlaps none of the inputs. */
 static flatmtl_status check_output(const flatmtl_context *context, const flatmtl_rows *out, const char *argument,
-                                   const flatmtl_rows *reference, const fm_buffers *inputs, int num_inputs,
-                                   flatmtl_error *error) {
-  flatmtl_status status = fm_check_same_table(reference, out, argument, error);
-  if (status != FLATMTL_OK) return status;
+                                   const fm_buffers *inputs, int num_inputs, flatmtl_error *error) {
   const fm_buffers output = {argument, out, NULL, 1};
   return fm_check_overlap(&output, 1, inputs, num_inputs, context->workspace, context->workspace_size, error);
 }
@@ -196,7 +193,8 @@ static flatmtl_status combine(const flatmtl_context *context, const flatmtl_rows
   if (status != FLATMTL_OK) return status;
   const flatmtl_rows target = fm_as_rows(out);
   const fm_buffers inputs[] = {{rows_name, rows, NULL, 1}, {"perturbed_rows", perturbed, NULL, 1}};
-  status = check_output(context, &target, "out", rows, inputs, perturbed ? 2 : 1, error);
+  status = fm_check_beside(&target, rows, &target, "out", error);
+  if (status == FLATMTL_OK) status = check_output(context, &target, "out", inputs, perturbed ? 2 : 1, error);
   if (status != FLATMTL_OK) return status;
   job job = {.out = &target, .rows = rows, .perturbed = perturbed, .weights = weights, .flat_weights = flat_weights};
   run(context, &job, combine_range);
@@ -222,14 +220,15 @@ flatmtl_status fm_perturb(const flatmtl_context *context, const flatmtl_vector *
   flatmtl_status status = fm_check_vector(params, "params", error);
   if (status == FLATMTL_OK) status = fm_check_rows(saved, 1, "saved", error);
   if (status == FLATMTL_OK) status = fm_check_rows(gradient, 1, "gradient", error);
-  if (status == FLATMTL_OK) status = fm_check_same_table(saved, gradient, "gradient", error);
+  if (status == FLATMTL_OK) status = fm_check_beside(saved, gradient, gradient, "gradient", error);
   if (status == FLATMTL_OK) status = fm_check_finite(scale, scale_stride ? params->num_segments : 1, "scale", error);
   if (status == FLATMTL_OK) status = fm_check_context(context, 1, error);
   if (status != FLATMTL_OK) return status;
   if (adaptive && !(eta >= 0.0 && eta < INFINITY)) return fm_fail(error, FLATMTL_ERROR_OPTION, "eta", -1, -1, eta);
   const flatmtl_rows target = fm_as_rows(params);
   const fm_buffers inputs[] = {{"saved", saved, NULL, 1}, {"gradient", gradient, NULL, 1}};
-  status = check_output(context, &target, "params", saved, inputs, 2, error);
+  status = fm_check_same_table(saved, &target, "params", error);
+  if (status == FLATMTL_OK) status = check_output(context, &target, "params", inputs, 2, error);
   if (status != FLATMTL_OK) return status;
   job job = {.out = &target,
              .saved = saved,
@@ -256,7 +255,8 @@ flatmtl_status flatmtl_copy(const flatmtl_context *context, const flatmtl_vector
   if (status != FLATMTL_OK) return status;
   const flatmtl_rows target = fm_as_rows(to);
   const fm_buffers inputs[] = {{"from", from, NULL, 1}};
-  status = check_output(context, &target, "to", from, inputs, 1, error);
+  status = fm_check_same_table(from, &target, "to", error);
+  if (status == FLATMTL_OK) status = check_output(context, &target, "to", inputs, 1, error);
   if (status != FLATMTL_OK) return status;
   job job = {.out = &target, .saved = from};
   run(context, &job, copy_range);

@@ -73,7 +73,7 @@ flatmtl_status flatmtl_sq_norms(const flatmtl_context *context, const flatmtl_ro
                                 double eta, double *sq_norms, flatmtl_error *error) {
   flatmtl_status status = fm_check_rows(rows, 0, "rows", error);
   if (status == FLATMTL_OK && params) status = fm_check_rows(params, 1, "params", error);
-  if (status == FLATMTL_OK && params) status = fm_check_same_table(rows, params, "params", error);
+  if (status == FLATMTL_OK && params) status = fm_check_beside(params, rows, params, "params", error);
   if (status != FLATMTL_OK) return status;
   if (params && !(eta >= 0.0 && eta < INFINITY)) return fm_fail(error, FLATMTL_ERROR_OPTION, "eta", -1, -1, eta);
   if (!sq_norms) return fm_fail(error, FLATMTL_ERROR_NULL, "sq_norms", -1, -1, NAN);

@@ -73,6 +73,13 @@ flatmtl_status fm_check_same_table(const flatmtl_rows *reference, const flatmtl_
   return FLATMTL_OK;
 }
 
+flatmtl_status fm_check_beside(const flatmtl_rows *vector, const flatmtl_rows *rows, const flatmtl_rows *named,
+                               const char *argument, flatmtl_error *error) {
+  flatmtl_rows other = named == rows ? *vector : *rows;
+  if (vector->dtype == FLATMTL_F32 && fm_dtype_size(rows->dtype) == 2) other.dtype = named->dtype;
+  return fm_check_same_table(&other, named, argument, error);
+}
+
 flatmtl_status fm_check_finite(const double *values, int64_t n, const char *argument, flatmtl_error *error) {
   if (!values && n > 0) return fm_fail(error, FLATMTL_ERROR_NULL, argument, -1, -1, NAN);
   for (int64_t i = 0; i < n; i++)

@@ -31,6 +31,11 @@ flatmtl_status fm_check_vector(const flatmtl_vector *vector, const char *argumen
 flatmtl_status fm_check_same_table(const flatmtl_rows *reference, const flatmtl_rows *rows, const char *argument,
                                    flatmtl_error *error);
 
+/* Rows beside a vector, both checked: the table is one, and the dtype too unless the vector is F32 and the rows are
+ * BF16 or F16. The error is about `named`, which is one of the two. */
+flatmtl_status fm_check_beside(const flatmtl_rows *vector, const flatmtl_rows *rows, const flatmtl_rows *named,
+                               const char *argument, flatmtl_error *error);
+
 /* values[n] is not NULL and finite; the error's row is the index. */
 flatmtl_status fm_check_finite(const double *values, int64_t n, const char *argument, flatmtl_error *error);
 

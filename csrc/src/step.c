@@ -73,20 +73,20 @@ static int is_flat(const flatmtl_settings *settings) {
   return settings->rho_shared > 0.0 || settings->rho_task > 0.0;
 }
 
-/* A vector and rows of the same table. */
+/* A vector and rows beside it. */
 static flatmtl_status check_against(const flatmtl_vector *params, const flatmtl_rows *rows, int32_t num_rows,
                                     const char *argument, flatmtl_error *error) {
   const flatmtl_rows reference = fm_as_rows(params);
   flatmtl_status status = fm_check_rows(rows, num_rows, argument, error);
-  return status == FLATMTL_OK ? fm_check_same_table(&reference, rows, argument, error) : status;
+  return status == FLATMTL_OK ? fm_check_beside(&reference, rows, rows, argument, error) : status;
 }
 
 static flatmtl_status check_copy(const flatmtl_vector *params, const flatmtl_vector *saved, const char *argument,
                                  flatmtl_error *error) {
   flatmtl_status status = fm_check_vector(saved, argument, error);
   if (status != FLATMTL_OK) return status;
-  const flatmtl_rows row = fm_as_rows(saved);
-  return check_against(params, &row, 1, argument, error);
+  const flatmtl_rows reference = fm_as_rows(params), row = fm_as_rows(saved);
+  return fm_check_same_table(&reference, &row, argument, error);
 }
 
 static flatmtl_status check_problem(const flatmtl_problem *problem, int flat, flatmtl_error *error) {

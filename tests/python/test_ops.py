@@ -118,6 +118,29 @@ def test_copy_is_bit_for_bit(dtype):
         assert_same(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
+# Rows of bfloat16 and float16 beside float32: (op, its arguments with rows of that dtype).
+NARROW = {
+    "sq_norms": lambda g, s, one, p, q: ops.sq_norms(g, 2, p, 0.25),
+    "perturb_": lambda g, s, one, p, q: (ops.perturb_(p, q, one, [0.1] * len(p), True, 0.25), p),
+    "perturb": lambda g, s, one, p, q: ops.perturb(q, one, [0.1] * len(p), False, 0.25),
+    "combine_": lambda g, s, one, p, q: (ops.combine_(p, g, 2, WEIGHTS), p),
+    "combine_pair_": lambda g, s, one, p, q: (ops.combine_pair_(p, g, s, 2, WEIGHTS, 2 * WEIGHTS), p),
+    "graddrop_": lambda g, s, one, p, q: (
+        ops.graddrop_(p, g, s, 2, WEIGHTS, 2 * WEIGHTS, 0.1 * WEIGHTS.abs(), 1, 2, 0, 0), p,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NARROW)
+def test_narrow_rows_beside_float32_are_those_values_in_float32(name, dtype):
+    results = []
+    for convert in (lambda row: row, lambda row: [x.float() for x in row]):
+        g, s, one = flat(random_rows(2, 1, dtype)), flat(random_rows(2, 2, dtype)), random_row(5, dtype)
+        results.append(NARROW[name](convert(g), convert(s), convert(one), random_row(3), random_row(4)))
+    assert_same(*results)
+
+
 def test_float32_rows_are_summed_in_float64():
     """A float32 sum of a million equal products is off by 1e-4 and more, and cancellation makes it worse."""
     x = torch.full((1_000_003,), 0.1)
@@ -206,6 +229,30 @@ ERRORS = {
     "dtype of a row": (
         lambda: ops.gramian_pair([torch.ones(2)], [torch.ones(2).bfloat16()], 1),
         r"flatmtl::gramian_pair: perturbed_rows\[0\]\[0\] is bfloat16, loss_rows\[0\]\[0\] is float32",
+    ),
+    "rows wider than the result": (
+        lambda: ops.combine_([torch.ones(2).bfloat16()], [torch.ones(2)] * 2, 2, WEIGHTS),
+        r"flatmtl::combine_: rows\[0\]\[0\] is float32, out\[0\] is bfloat16",
+    ),
+    "narrow rows beside float64": (
+        lambda: ops.combine_([torch.ones(2).double()], [torch.ones(2).bfloat16()] * 2, 2, WEIGHTS),
+        r"flatmtl::combine_: rows\[0\]\[0\] is bfloat16, out\[0\] is float64",
+    ),
+    "narrow gradient beside float64": (
+        lambda: ops.perturb_([torch.ones(2).double()], [torch.ones(2).double()], [torch.ones(2).half()], [1.0], False, 0.0),
+        r"flatmtl::perturb_: grads\[0\] is float16, params\[0\] is float64",
+    ),
+    "float64 weights of narrow rows": (
+        lambda: ops.sq_norms([torch.ones(2).bfloat16()], 1, [torch.ones(2).double()], 0.0),
+        r"flatmtl::sq_norms: params\[0\] is float64, rows\[0\]\[0\] is bfloat16",
+    ),
+    "families of two dtypes": (
+        lambda: ops.combine_pair_([torch.ones(2)], [torch.ones(2).half()], [torch.ones(2)], 1, WEIGHTS[:1], WEIGHTS[:1]),
+        r"flatmtl::combine_pair_: perturbed_rows\[0\]\[0\] is float32, the tensors before it are float16",
+    ),
+    "narrow rows of two dtypes": (
+        lambda: ops.combine_([torch.ones(2)], [torch.ones(2).half(), torch.ones(2).bfloat16()], 2, WEIGHTS),
+        r"flatmtl::combine_: rows\[1\]\[0\] is bfloat16, the tensors before it are float16",
     ),
     "integers": (lambda: ops.gramian([torch.arange(3)], 1), r"rows\[0\]\[0\] is int64; float32, float64"),
     "complex": (lambda: ops.gramian([torch.ones(3) * 1j], 1), r"rows\[0\]\[0\] is complex64; float32"),
