@@ -276,7 +276,8 @@ FLATMTL_API flatmtl_status flatmtl_state_size(flatmtl_method method, int32_t num
  * imtl_g, nash_mtl, fairgrad, config and ntkmtl, which have no finite weight for it, and in aligned_mtl; in mgda the
  * zero rows share weight 1 (the minimum-norm point is 0); pcgrad and gradvac give it 1, upgrad and dualproj its
  * preference, and gradvac leaves its targets alone. cagrad leaves its correction out where the minimum of w'Gw is 0. A
- * row 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. */
+ * row 2^-500 times shorter than the longest counts as zero. fixed without options is 1 for every task. cagrad may
+ * return ERROR_INTERNAL where the rows' lengths differ by a factor of 1e32 or more. */
 FLATMTL_API flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method method, const double *options,
                                            int32_t num_options, int32_t num_tasks, const double *gramian, double *state,
                                            double *weights, flatmtl_error *error);
@@ -478,10 +479,10 @@ FLATMTL_API flatmtl_status flatmtl_combine_buffers(const flatmtl_context *contex
                                                    flatmtl_error *error);
 
 /* One step of graddrop, moco, db_mtl or excess_mtl, of up to 64 tasks; ERROR_NAME for sdmgrad (three batches).
- *  rows     x. Finite: ERROR_NONFINITE names the row, and nothing has changed
+ *  rows     x. ERROR_NONFINITE names a row that is not finite, or too long for the buffers; nothing has changed then
  *  losses   [K]; needed for moco and db_mtl, otherwise ignored
  *  call     of graddrop's random numbers
- *  buffers  in and out, NULL for graddrop
+ *  buffers  in and out, finite; NULL for graddrop
  *  state    in and out, NULL where its size is 0
  *  weights  [K], out, or NULL; NAN for graddrop
  *  out      the update: a vector that the rows may stand beside; may overlap nothing */

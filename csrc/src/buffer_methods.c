@@ -96,6 +96,15 @@ flatmtl_status flatmtl_buffer_factors(flatmtl_buffer_method number, const double
         status = fm_fail(error, FLATMTL_ERROR_LOSS, "losses", i, -1, losses[i]);
     if (status != FLATMTL_OK) return status;
   }
+  const size_t bytes = (size_t)n * sizeof(double), read = averages ? bytes : 0;
+  const fm_array arrays[] = {{"factors", factors, bytes},
+                             {"keep", keep, bytes},
+                             {"losses", losses, read},
+                             {"state", state, read},
+                             {"sq_norms", sq_norms, moco ? bytes : 0},
+                             {"options", options, (size_t)num_options * sizeof(double)}};
+  status = fm_check_arrays(arrays, 2, 6, error);
+  if (status != FLATMTL_OK) return status;
   for (int32_t i = 0; i < n; i++) {
     factors[i] = keep[i] = 1.0;
     if (!averages) continue;
@@ -219,10 +228,12 @@ flatmtl_status flatmtl_buffer_weights(const flatmtl_context *context, flatmtl_bu
         return fm_fail(error, FLATMTL_ERROR_NONFINITE, "sums", (int64_t)i, -1, sums[i * width + j]);
   status = fm_check_finite(state, (int64_t)(state_bytes / sizeof(double)), "state", error);
   if (status != FLATMTL_OK) return status;
-  if (fm_overlap(state, state_bytes, sums, width * bytes) || fm_overlap(state, state_bytes, weights, bytes))
-    return fm_fail(error, FLATMTL_ERROR_OVERLAP, "state", -1, -1, NAN);
-  if (fm_overlap(weights, bytes, sums, width * bytes))
-    return fm_fail(error, FLATMTL_ERROR_OVERLAP, "weights", -1, -1, NAN);
+  const fm_array arrays[] = {{"weights", weights, bytes},
+                             {"state", state, state_bytes},
+                             {"sums", sums, width * bytes},
+                             {"options", options, (size_t)num_options * sizeof(double)}};
+  status = fm_check_arrays(arrays, 2, 4, error);
+  if (status != FLATMTL_OK) return status;
   const double *o = or_defaults(find(number), options, num_options);
   double *w = work, *new_state = w + k, *scratch = new_state + MAX_STATE * k;
   memcpy(new_state, state, state_bytes);
@@ -261,15 +272,32 @@ static flatmtl_status check_rows_finite(const flatmtl_context *context, const fl
   return FLATMTL_OK;
 }
 
+/* The numbers of a call, weights and state first: those two lie outside of the rows, all outside of the vectors
+ * written to, out and, if any, the buffers. */
+static flatmtl_status check_numbers(const fm_array *arrays, int count, const flatmtl_mixed_rows *rows,
+                                    const fm_buffers *written, int num_written, flatmtl_error *error) {
+  flatmtl_status status = fm_check_arrays(arrays, 2, count, error);
+  for (int i = 0; i < count; i++) {
+    const fm_array *a = &arrays[i];
+    if (a->bytes == 0) continue;
+    if (status == FLATMTL_OK && i < 2)
+      status = fm_check_outside(a->begin, a->bytes, rows->loss_rows, a->argument, error);
+    if (status == FLATMTL_OK && i < 2 && rows->perturbed_rows)
+      status = fm_check_outside(a->begin, a->bytes, rows->perturbed_rows, a->argument, error);
+    for (int j = 0; status == FLATMTL_OK && j < num_written; j++)
+      status = fm_check_outside(a->begin, a->bytes, written[j].rows, written[j].argument, error);
+  }
+  return status;
+}
+
 static flatmtl_status check_update(const flatmtl_context *context, const method *entry, const flatmtl_mixed_rows *rows,
-                                   const flatmtl_buffers *buffers, const double *state, const flatmtl_vector *out,
-                                   flatmtl_error *error) {
+                                   const flatmtl_buffers *buffers, const fm_array *arrays, int num_arrays,
+                                   const flatmtl_vector *out, flatmtl_error *error) {
   flatmtl_status status = fm_check_vector(out, "out", error);
   if (status != FLATMTL_OK) return status;
   const flatmtl_rows target = fm_as_rows(out);
   status = fm_check_beside(&target, rows->loss_rows, &target, "out", error);
   if (status != FLATMTL_OK) return status;
-  if (entry->state > 0 && !state) return fm_fail(error, FLATMTL_ERROR_NULL, "state", -1, -1, NAN);
   const fm_buffers inputs[] = {{"loss_rows", rows->loss_rows, NULL, 1},
                                {"perturbed_rows", rows->perturbed_rows, NULL, 1}};
   fm_buffers outputs[2] = {{"out", &target, NULL, 1}, {"buffers", NULL, NULL, 1}};
@@ -285,8 +313,21 @@ static flatmtl_status check_update(const flatmtl_context *context, const method 
     if (status != FLATMTL_OK) return status;
     outputs[1].rows = &written;
   }
-  return fm_check_overlap(outputs, entry->buffers ? 2 : 1, inputs, rows->perturbed_rows ? 2 : 1, context->workspace,
-                          context->workspace_size, error);
+  const int num_outputs = entry->buffers ? 2 : 1;
+  status = fm_check_overlap(outputs, num_outputs, inputs, rows->perturbed_rows ? 2 : 1, context->workspace,
+                            context->workspace_size, error);
+  return status == FLATMTL_OK ? check_numbers(arrays, num_arrays, rows, outputs, num_outputs, error) : status;
+}
+
+/* The new buffers stay in the range of their dtype, with room for their squares: factor ||x|| bounds every element. */
+static flatmtl_status check_range(flatmtl_dtype dtype, int32_t n, const double *factors, const double *squares,
+                                  flatmtl_error *error) {
+  const double most = dtype == FLATMTL_F64 ? 0x1p511 : FLT_MAX;
+  for (int32_t i = 0; i < n; i++) {
+    const double norm = factors[i] * sqrt(squares[i]);
+    if (!(norm <= most)) return fm_fail(error, FLATMTL_ERROR_NONFINITE, "rows", i, -1, norm);
+  }
+  return FLATMTL_OK;
 }
 
 flatmtl_status flatmtl_buffer_update(const flatmtl_context *context, flatmtl_buffer_method number,
@@ -301,7 +342,18 @@ flatmtl_status flatmtl_buffer_update(const flatmtl_context *context, flatmtl_buf
     status = fm_fail(error, FLATMTL_ERROR_NAME, "method", -1, -1, (double)number);
   if (status == FLATMTL_OK && n > AT_ONCE) status = fm_fail(error, FLATMTL_ERROR_NUM_TASKS, "rows", -1, -1, n);
   if (status == FLATMTL_OK) status = fm_check_context(context, n, error);
-  if (status == FLATMTL_OK) status = check_update(context, find(number), rows, buffers, state, out, error);
+  if (status != FLATMTL_OK) return status;
+  const method *entry = find(number);
+  const int averages = number == FLATMTL_BUFFER_MOCO || number == FLATMTL_BUFFER_DB_MTL;
+  const size_t bytes = (size_t)n * sizeof(double), state_bytes = (size_t)entry->state * bytes;
+  const fm_array arrays[] = {{"weights", weights, weights ? bytes : 0},
+                             {"state", state, state_bytes},
+                             {"losses", losses, averages && losses ? bytes : 0},
+                             {"options", options, (size_t)num_options * sizeof(double)},
+                             {"loss_factors", rows->loss_factors, rows->loss_factors ? bytes : 0},
+                             {"flat_factors", rows->flat_factors, rows->flat_factors ? bytes : 0}};
+  status = fm_check_finite(state, (int64_t)entry->state * n, "state", error);
+  if (status == FLATMTL_OK) status = check_update(context, entry, rows, buffers, arrays, 6, out, error);
   if (status != FLATMTL_OK) return status;
   double squares[AT_ONCE], factors[AT_ONCE], keep[AT_ONCE], a[AT_ONCE], b[AT_ONCE], w[AT_ONCE];
   double gramian[AT_ONCE * AT_ONCE];
@@ -315,6 +367,7 @@ flatmtl_status flatmtl_buffer_update(const flatmtl_context *context, flatmtl_buf
     return status;
   }
   status = flatmtl_buffer_factors(number, options, num_options, n, losses, squares, state, factors, keep, error);
+  if (status == FLATMTL_OK) status = check_range(buffers->dtype, n, factors, squares, error);
   if (status != FLATMTL_OK) return status;
   for (int32_t i = 0; i < n; i++) {
     a[i] = factors[i] * (rows->loss_factors ? rows->loss_factors[i] : rows->perturbed_rows ? 0.0 : 1.0);

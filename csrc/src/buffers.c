@@ -328,6 +328,31 @@ static flatmtl_status check_buffers(const flatmtl_context *context, const flatmt
                           error);
 }
 
+/* The factors, and another array of K numbers or NULL, lie outside of the vectors written to. */
+static flatmtl_status check_factors(const flatmtl_mixed_rows *x, const double *more, const flatmtl_rows *written,
+                                    const char *argument, flatmtl_error *error) {
+  const double *arrays[] = {x->loss_factors, x->flat_factors, more};
+  const size_t bytes = (size_t)count_rows(x) * sizeof(double);
+  flatmtl_status status = FLATMTL_OK;
+  for (int i = 0; status == FLATMTL_OK && i < 3; i++)
+    if (arrays[i]) status = fm_check_outside(arrays[i], bytes, written, argument, error);
+  return status;
+}
+
+/* A result of so many bytes lies outside of rows and factors. */
+static flatmtl_status check_result(const double *result, size_t bytes, const flatmtl_mixed_rows *x,
+                                   const char *argument, flatmtl_error *error) {
+  const size_t factors = (size_t)count_rows(x) * sizeof(double);
+  const fm_array arrays[] = {{argument, result, bytes},
+                             {"loss_factors", x->loss_factors, x->loss_factors ? factors : 0},
+                             {"flat_factors", x->flat_factors, x->flat_factors ? factors : 0}};
+  flatmtl_status status = fm_check_arrays(arrays, 1, 3, error);
+  if (status == FLATMTL_OK) status = fm_check_outside(result, bytes, x->loss_rows, argument, error);
+  if (status == FLATMTL_OK && x->perturbed_rows)
+    status = fm_check_outside(result, bytes, x->perturbed_rows, argument, error);
+  return status;
+}
+
 /* ---- public ---- */
 
 flatmtl_status flatmtl_moving_average(const flatmtl_context *context, const flatmtl_mixed_rows *rows,
@@ -336,6 +361,9 @@ flatmtl_status flatmtl_moving_average(const flatmtl_context *context, const flat
   if (status == FLATMTL_OK) status = fm_check_context(context, count_rows(rows), error);
   if (status == FLATMTL_OK) status = fm_check_finite(keep, count_rows(rows), "keep", error);
   if (status == FLATMTL_OK) status = check_buffers(context, rows, buffers, error);
+  if (status != FLATMTL_OK) return status;
+  const flatmtl_rows written = as_rows(buffers);
+  status = check_factors(rows, keep, &written, "buffers", error);
   if (status != FLATMTL_OK) return status;
   job job = {.kernels = fm_kernels_get(), .rows = rows, .buffers = buffers, .factors = keep};
   fm_parallel(context, fm_total_length(rows->loss_rows), GRAIN, ema_range, &job);
@@ -351,10 +379,9 @@ flatmtl_status flatmtl_excess(const flatmtl_context *context, const flatmtl_mixe
   if (status != FLATMTL_OK) return status;
   const size_t bytes = (size_t)count_rows(rows) * sizeof(double);
   const flatmtl_rows written = as_rows(buffers);
-  status = fm_check_outside(excess, bytes, rows->loss_rows, "excess", error);
-  if (status == FLATMTL_OK && rows->perturbed_rows)
-    status = fm_check_outside(excess, bytes, rows->perturbed_rows, "excess", error);
+  status = check_result(excess, bytes, rows, "excess", error);
   if (status == FLATMTL_OK) status = fm_check_outside(excess, bytes, &written, "excess", error);
+  if (status == FLATMTL_OK) status = check_factors(rows, NULL, &written, "buffers", error);
   if (status != FLATMTL_OK) return status;
   job job = {.rows = rows, .buffers = buffers, .sums = (size_t)count_rows(rows)};
   memcpy(excess, run_chunks(context, &job, excess_chunks), bytes);
@@ -373,11 +400,9 @@ flatmtl_status flatmtl_cross_gramian(const flatmtl_context *context, const flatm
   if (status != FLATMTL_OK) return status;
   if (!gramian) return fm_fail(error, FLATMTL_ERROR_NULL, "gramian", -1, -1, NAN);
   const size_t bytes = (size_t)k * (size_t)k * sizeof(double);
-  const flatmtl_rows *inputs[] = {rows->loss_rows, rows->perturbed_rows, others->loss_rows, others->perturbed_rows};
-  for (int i = 0; i < 4; i++) {
-    if (inputs[i]) status = fm_check_outside(gramian, bytes, inputs[i], "gramian", error);
-    if (status != FLATMTL_OK) return status;
-  }
+  status = check_result(gramian, bytes, rows, "gramian", error);
+  if (status == FLATMTL_OK) status = check_result(gramian, bytes, others, "gramian", error);
+  if (status != FLATMTL_OK) return status;
   job job = {.rows = rows, .other = others, .sums = (size_t)k * (size_t)k};
   memcpy(gramian, run_chunks(context, &job, cross_chunks), bytes);
   return FLATMTL_OK;
@@ -403,6 +428,7 @@ flatmtl_status flatmtl_graddrop(const flatmtl_context *context, const flatmtl_mi
                                {"perturbed_rows", rows->perturbed_rows, NULL, 1}};
   status = fm_check_overlap(outputs, 1, inputs, rows->perturbed_rows ? 2 : 1, context->workspace,
                             context->workspace_size, error);
+  if (status == FLATMTL_OK) status = check_factors(rows, leak, &target, "out", error);
   if (status != FLATMTL_OK) return status;
   job job = {.kernels = fm_kernels_get(),
              .rows = rows,
@@ -430,6 +456,8 @@ flatmtl_status flatmtl_combine_buffers(const flatmtl_context *context, const fla
   if (status != FLATMTL_OK) return status;
   const fm_buffers outputs[] = {{"out", &target, NULL, 1}}, inputs[] = {{"buffers", &rows, NULL, 1}};
   status = fm_check_overlap(outputs, 1, inputs, 1, context->workspace, context->workspace_size, error);
+  if (status == FLATMTL_OK)
+    status = fm_check_outside(weights, (size_t)rows.num_rows * sizeof(double), &target, "out", error);
   if (status != FLATMTL_OK) return status;
   job job = {.kernels = fm_kernels_get(), .buffers = buffers, .factors = weights, .out = &target};
   fm_parallel(context, fm_total_length(&target), GRAIN, combine_range, &job);

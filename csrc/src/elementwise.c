@@ -195,6 +195,9 @@ static flatmtl_status combine(const flatmtl_context *context, const flatmtl_rows
   const fm_buffers inputs[] = {{rows_name, rows, NULL, 1}, {"perturbed_rows", perturbed, NULL, 1}};
   status = fm_check_beside(&target, rows, &target, "out", error);
   if (status == FLATMTL_OK) status = check_output(context, &target, "out", inputs, perturbed ? 2 : 1, error);
+  const size_t bytes = (size_t)rows->num_rows * sizeof(double);
+  if (status == FLATMTL_OK) status = fm_check_outside(weights, bytes, &target, "out", error);
+  if (status == FLATMTL_OK && perturbed) status = fm_check_outside(flat_weights, bytes, &target, "out", error);
   if (status != FLATMTL_OK) return status;
   job job = {.out = &target, .rows = rows, .perturbed = perturbed, .weights = weights, .flat_weights = flat_weights};
   run(context, &job, combine_range);
@@ -229,6 +232,8 @@ flatmtl_status fm_perturb(const flatmtl_context *context, const flatmtl_vector *
   const fm_buffers inputs[] = {{"saved", saved, NULL, 1}, {"gradient", gradient, NULL, 1}};
   status = fm_check_same_table(saved, &target, "params", error);
   if (status == FLATMTL_OK) status = check_output(context, &target, "params", inputs, 2, error);
+  const size_t scale_bytes = (scale_stride ? (size_t)params->num_segments : 1) * sizeof(double);
+  if (status == FLATMTL_OK) status = fm_check_outside(scale, scale_bytes, &target, "params", error);
   if (status != FLATMTL_OK) return status;
   job job = {.out = &target,
              .saved = saved,

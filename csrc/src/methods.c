@@ -119,6 +119,17 @@ flatmtl_status fm_check_gramian(const char *argument, const double *gramian, int
   return FLATMTL_OK;
 }
 
+flatmtl_status fm_check_arrays(const fm_array *arrays, int num_written, int num_arrays, flatmtl_error *error) {
+  for (int i = 0; i < num_written; ++i) {
+    for (int j = i + 1; j < num_arrays; ++j) {
+      if (fm_overlap(arrays[i].begin, arrays[i].bytes, arrays[j].begin, arrays[j].bytes)) {
+        return fm_fail(error, FLATMTL_ERROR_OVERLAP, arrays[i].argument, -1, -1, NAN);
+      }
+    }
+  }
+  return FLATMTL_OK;
+}
+
 size_t fm_state_size(flatmtl_method method, int32_t num_tasks) {
   return (size_t)find_method(method)->state_matrices * (size_t)num_tasks * (size_t)num_tasks;
 }
@@ -252,12 +263,12 @@ flatmtl_status flatmtl_weights(const flatmtl_context *context, flatmtl_method me
   if (!weights) return fm_fail(error, FLATMTL_ERROR_NULL, "weights", -1, -1, NAN);
   size_t n = (size_t)num_tasks, bytes = n * sizeof(double),
          state_bytes = fm_state_size(method, num_tasks) * sizeof(double);
-  if (fm_overlap(weights, bytes, gramian, n * bytes) || fm_overlap(weights, bytes, state, state_bytes)) {
-    return fm_fail(error, FLATMTL_ERROR_OVERLAP, "weights", -1, -1, NAN);
-  }
-  if (fm_overlap(state, state_bytes, gramian, n * bytes)) {
-    return fm_fail(error, FLATMTL_ERROR_OVERLAP, "state", -1, -1, NAN);
-  }
+  const fm_array arrays[] = {{"weights", weights, bytes},
+                             {"state", state, state_bytes},
+                             {"gramian", gramian, n * bytes},
+                             {"options", options, (size_t)num_options * sizeof(double)}};
+  status = fm_check_arrays(arrays, 2, 4, error);
+  if (status < 0) return status;
   status = fm_check_state(method, num_tasks, "state", state, error);
   if (status < 0) return status;
   status = fm_check_gramian("gramian", gramian, num_tasks, error);

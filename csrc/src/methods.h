@@ -78,4 +78,14 @@ static inline int fm_overlap(const void *a, size_t a_bytes, const void *b, size_
   return a_bytes > 0 && b_bytes > 0 && x < y + b_bytes && y < x + a_bytes;
 }
 
+/* Numbers that a call reads or writes. */
+typedef struct fm_array {
+  const char *argument;
+  const void *begin;
+  size_t bytes; /* 0 if there are none */
+} fm_array;
+
+/* None of the first num_written arrays overlaps another one; ERROR_OVERLAP names it. */
+flatmtl_status fm_check_arrays(const fm_array *arrays, int num_written, int num_arrays, flatmtl_error *error);
+
 #endif

@@ -210,16 +210,16 @@ static flatmtl_status check_arguments(const flatmtl_settings *settings, int32_t 
   if (is_direct && !perturbed) return fm_fail(error, FLATMTL_ERROR_NULL, "perturbed_gramian", -1, -1, NAN);
   size_t n = (size_t)num_tasks, bytes = n * sizeof(double),
          status_bytes = family_status ? 2 * sizeof(*family_status) : 0;
-  const void *outputs[4] = {loss_weights, flat_weights, family_status, settings->state};
-  const char *names[4] = {"loss_weights", "flat_weights", "family_status", "settings->state"};
-  size_t sizes[4] = {bytes, bytes, status_bytes, state_of_all(settings, num_tasks) * sizeof(double)};
-  for (int i = 0; i < 4; ++i) {
-    int clash = fm_overlap(outputs[i], sizes[i], pair, 4 * n * bytes) ||
-                (is_direct && fm_overlap(outputs[i], sizes[i], perturbed, n * bytes));
-    for (int j = 0; j < i; ++j) clash = clash || fm_overlap(outputs[i], sizes[i], outputs[j], sizes[j]);
-    if (clash) return fm_fail(error, FLATMTL_ERROR_OVERLAP, names[i], -1, -1, NAN);
-  }
-  flatmtl_status status = fm_check_step_state(settings, num_tasks, error);
+  const fm_array arrays[] = {{"loss_weights", loss_weights, bytes},
+                             {"flat_weights", flat_weights, bytes},
+                             {"family_status", family_status, status_bytes},
+                             {"settings->state", settings->state, state_of_all(settings, num_tasks) * sizeof(double)},
+                             {"gramian_pair", pair, 4 * n * bytes},
+                             {"perturbed_gramian", perturbed, is_direct ? n * bytes : 0},
+                             {"options", settings->options, (size_t)settings->num_options * sizeof(double)}};
+  flatmtl_status status = fm_check_arrays(arrays, 4, 7, error);
+  if (status < 0) return status;
+  status = fm_check_step_state(settings, num_tasks, error);
   if (status < 0) return status;
   return is_direct ? fm_check_gramian("perturbed_gramian", perturbed, num_tasks, error)
                    : fm_check_gramian("gramian_pair", pair, 2 * num_tasks, error);

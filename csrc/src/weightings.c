@@ -120,22 +120,6 @@ size_t fm_weightings_work(int32_t num_tasks) {
   return MAX_OPTIONS + n + MAX_STATE * n + n + fm_weighting_work(num_tasks);
 }
 
-/* No output overlaps an input or the other output. */
-static flatmtl_status check_outputs(int32_t n, const double *state, size_t state_bytes, const double *weights,
-                                    const double *const *inputs, int num_inputs, flatmtl_error *error) {
-  const size_t bytes = (size_t)n * sizeof(double), weight_bytes = weights ? bytes : 0;
-  for (int i = 0; i < num_inputs; i++) {
-    if (!inputs[i]) continue;
-    if (fm_overlap(state, state_bytes, inputs[i], bytes))
-      return fm_fail(error, FLATMTL_ERROR_OVERLAP, "state", -1, -1, NAN);
-    if (fm_overlap(weights, weight_bytes, inputs[i], bytes))
-      return fm_fail(error, FLATMTL_ERROR_OVERLAP, "weights", -1, -1, NAN);
-  }
-  if (fm_overlap(weights, weight_bytes, state, state_bytes))
-    return fm_fail(error, FLATMTL_ERROR_OVERLAP, "weights", -1, -1, NAN);
-  return FLATMTL_OK;
-}
-
 /* weights == NULL: observe. */
 static flatmtl_status run(const flatmtl_context *context, flatmtl_weighting number, const double *options,
                           int32_t num_options, int32_t n, const double *losses, const double *norms,
@@ -151,8 +135,14 @@ static flatmtl_status run(const flatmtl_context *context, flatmtl_weighting numb
   for (int32_t i = 0; status == FLATMTL_OK && norms && i < n; i++)
     if (norms[i] < 0.0) status = fm_fail(error, FLATMTL_ERROR_OPTION, "norms", i, -1, norms[i]);
   if (status == FLATMTL_OK) status = fm_check_finite(state, (int64_t)count, "state", error);
-  const double *const inputs[] = {losses, norms, after};
-  if (status == FLATMTL_OK) status = check_outputs(n, state, state_bytes, weights, inputs, 3, error);
+  const size_t bytes = (size_t)n * sizeof(double);
+  const fm_array arrays[] = {{"weights", weights, weights ? bytes : 0},
+                             {"state", state, state_bytes},
+                             {"losses", losses, bytes},
+                             {"norms", norms, norms ? bytes : 0},
+                             {"losses_after", after, after ? bytes : 0},
+                             {"options", options, (size_t)num_options * sizeof(double)}};
+  if (status == FLATMTL_OK) status = fm_check_arrays(arrays, 2, 6, error);
   if (status < 0) return status;
 
   double *complete = work, *new_state = complete + MAX_OPTIONS + n, *c = new_state + MAX_STATE * (size_t)n;

@@ -1,27 +1,16 @@
-// Every function refuses every wrong argument by a status that names it, and writes to nothing but *error.
+// Every function refuses every wrong argument by a status that names it, and writes to nothing but *error. The rest
+// is in test_refused_*.cpp.
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "catch.h"
+#include "errors_support.h"
 #include "support.h"
 
 namespace {
-
-// A valid call of every function; argument `missing` (from 0, in the order of `pointers`) is NULL.
-struct Call {
-  std::string name;
-  std::vector<std::string> pointers;  // names as error.argument gives them
-  std::function<flatmtl_status(int missing, flatmtl_error *error)> call;
-};
-
-template <typename T>
-T *unless(bool missing, T *pointer) {
-  return missing ? nullptr : pointer;
-}
 
 // Arguments that are valid for K = 2 tasks and rows of two segments.
 struct Arguments {
@@ -221,22 +210,10 @@ std::vector<Call> step_calls(Arguments &a) {
 
 TEST_CASE("Every pointer that a function needs is named when it is NULL", "[errors]") {
   Arguments a;
-  std::vector<Call> all = calls(a);
-  for (const Call &call : all) {
-    INFO("flatmtl_" << call.name);
-    for (int i = 0; i < static_cast<int>(call.pointers.size()); i++) {
-      INFO(call.pointers[static_cast<size_t>(i)]);
-      const std::vector<char> out = a.out.bytes;
-      flatmtl_error error{};
-      CHECK(call.call(i, &error) == FLATMTL_ERROR_NULL);
-      CHECK(error.status == FLATMTL_ERROR_NULL);
-      CHECK(error.argument == call.pointers[static_cast<size_t>(i)]);
-      CHECK(a.out.bytes == out);
-      CHECK(call.call(i, nullptr) == FLATMTL_ERROR_NULL);
-      char text[256];
-      CHECK(flatmtl_error_message(&error, text, sizeof text) == FLATMTL_OK);
-      CHECK(std::string(text) == call.pointers[static_cast<size_t>(i)] + ": is NULL");
-    }
+  for (const Call &call : calls(a)) {
+    const std::vector<char> out = a.out.bytes;
+    check_null(call);
+    CHECK(a.out.bytes == out);
     CHECK(call.call(-1, nullptr) >= 0);
   }
   for (double value : a.after) CHECK(value > 0.0);
@@ -245,12 +222,7 @@ TEST_CASE("Every pointer that a function needs is named when it is NULL", "[erro
 TEST_CASE("The state machine names every pointer that is NULL, and stays where it is", "[errors]") {
   Arguments a;
   for (const Call &call : step_calls(a)) {
-    INFO("flatmtl_" << call.name);
-    for (int i = 0; i < static_cast<int>(call.pointers.size()); i++) {
-      flatmtl_error error{};
-      CHECK(call.call(i, &error) == FLATMTL_ERROR_NULL);
-      CHECK(error.argument == call.pointers[static_cast<size_t>(i)]);
-    }
+    check_null(call);
     CHECK(call.call(-1, nullptr) >= 0);
     if (call.name == "step_restore")  // the other task
       CHECK(

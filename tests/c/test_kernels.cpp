@@ -21,6 +21,19 @@ double rounded_difference(const Rows &g, const Rows &s, int32_t i, int64_t p) {
              : static_cast<double>(static_cast<float>(s.get(i, p)) - static_cast<float>(g.get(i, p)));
 }
 
+// weight x, rounded to the dtype of x, for numbers of 16 bits.
+std::vector<uint16_t> scaled(flatmtl_dtype dtype, const std::vector<uint16_t> &x, double weight) {
+  std::vector<uint16_t> out(x.size());
+  const int64_t n = static_cast<int64_t>(x.size());
+  const void *data[] = {x.data()};
+  void *target[] = {out.data()};
+  const flatmtl_rows rows = {dtype, 1, 1, &n, data};
+  const flatmtl_vector vector = {dtype, 1, &n, target};
+  Context context(1);
+  REQUIRE(flatmtl_combine(context, &rows, &weight, &vector, nullptr) == FLATMTL_OK);
+  return out;
+}
+
 std::vector<std::vector<int64_t>> cuts(int64_t n) {
   return {{n}, {0, 1, n - 1, 0}, {n / 3, n - n / 3 - n / 5, n / 5}, {7, 511, 513, n - 1031}};
 }
@@ -163,22 +176,13 @@ TEST_CASE("Every half precision number widens exactly and rounds to the nearest,
     for (auto dtype : {FLATMTL_F16, FLATMTL_BF16}) {
       auto value = dtype == FLATMTL_F16 ? half_value : bf16_value;
       const uint16_t infinity = dtype == FLATMTL_F16 ? 0x7c00 : 0x7f80;
-      // Halfway between neighbours, and a little to either side: x = first row + tiny second row, as a combination.
-      std::vector<uint16_t> lower, tiny, out(infinity);
-      for (uint32_t h = 0; h < infinity; h++) lower.push_back(static_cast<uint16_t>(h));
-      const int64_t n = infinity;
-      const void *data[] = {lower.data()};
-      void *target[] = {out.data()};
-      const flatmtl_rows rows = {dtype, 1, 1, &n, data};
-      const flatmtl_vector vector = {dtype, 1, &n, target};
-      Context context(1);
-      const double one = 1.0;
-      REQUIRE(flatmtl_combine(context, &rows, &one, &vector, nullptr) == FLATMTL_OK);
-      REQUIRE(out == lower);
+      std::vector<uint16_t> all;
+      for (uint32_t h = 0; h < infinity; h++) all.push_back(static_cast<uint16_t>(h));
+      REQUIRE(scaled(dtype, all, 1.0) == all);
       // w x for w slightly off a power of two lands between neighbours everywhere
       for (double w : {1.0 + 0x1p-9, 1.0 + 0x1p-12, 1.0 + 0x1p-11 + 0x1p-40, 0.7, 1.0 + 0x1p-8, 1.0 + 0x1p-8 + 0x1p-40,
                        1.0 + 0x1p-8 - 0x1p-40}) {
-        REQUIRE(flatmtl_combine(context, &rows, &w, &vector, nullptr) == FLATMTL_OK);
+        const std::vector<uint16_t> out = scaled(dtype, all, w);
         int wrong = 0;
         for (uint32_t h = 0; h + 2 < infinity; h++) {
           const double x = w * value(static_cast<uint16_t>(h));
@@ -211,16 +215,7 @@ TEST_CASE("NaN becomes the quiet NaN of its sign") {
           nans.push_back(static_cast<uint16_t>(bits | sign));
           expected.push_back(static_cast<uint16_t>(quiet | sign));
         }
-      const int64_t n = static_cast<int64_t>(nans.size());
-      std::vector<uint16_t> out(nans.size());
-      const void *data[] = {nans.data()};
-      void *target[] = {out.data()};
-      const flatmtl_rows rows = {dtype, 1, 1, &n, data};
-      const flatmtl_vector vector = {dtype, 1, &n, target};
-      Context context(1);
-      const double one = 1.0;
-      REQUIRE(flatmtl_combine(context, &rows, &one, &vector, nullptr) == FLATMTL_OK);
-      REQUIRE(out == expected);
+      REQUIRE(scaled(dtype, nans, 1.0) == expected);
     }
   }
   flatmtl_select_isa(before.c_str(), nullptr);
