@@ -5,14 +5,16 @@ The "before" is the other library where it is on PyPI, and otherwise its documen
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import flatmtl
 import pytest
 import torch
+from flatmtl._bench import contenders
 from models import TwoHeads, batch, closure_of, two_heads, values
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -170,6 +172,13 @@ def test_pc_backward(library: str) -> None:
 # -- TorchJD -----------------------------------------------------------------------------------------------------------
 
 C = 0.4
+
+
+def exactly() -> Any:
+    """Its projector without what it adds to the Gramian."""
+    return pytest.importorskip("torchjd.linalg").QuadprogProjector(norm_eps=0.0, reg_eps=0.0)
+
+
 TORCHJD: dict[str, tuple[Callable[[Any], Any], flatmtl.Aggregator, float, float]] = {
     # theirs, ours, factor of theirs, tolerance
     "Sum": (lambda a: a.Sum(), flatmtl.Sum(), 1.0, 1e-12),
@@ -180,7 +189,21 @@ TORCHJD: dict[str, tuple[Callable[[Any], Any], flatmtl.Aggregator, float, float]
     "IMTLG": (lambda a: a.IMTLG(), flatmtl.IMTLG(), 1.0, 1e-10),
     "CAGrad": (lambda a: a.CAGrad(c=C, norm_eps=1e-12), flatmtl.CAGrad(c=C), 1 + C**2, 1e-4),
     "FairGrad": (lambda a: a.FairGrad(alpha=2.0), flatmtl.FairGrad(alpha=2.0), 1.0, 1e-6),
-}
+    "GradVac": (lambda a: a.GradVac(beta=0.5, eps=0.0), flatmtl.GradVac(beta=0.5), 1.0, 1e-10),
+    "AlignedMTL": (lambda a: a.AlignedMTL(), flatmtl.AlignedMTL(), 1 / K, 1e-10),
+    "AlignedMTL, sum": (
+        lambda a: a.AlignedMTL(torch.ones(K).double(), "rmse"), flatmtl.AlignedMTL(scale="rmse"), 1.0, 1e-10,
+    ),
+    "UPGrad": (lambda a: a.UPGrad(projector=exactly()), flatmtl.UPGrad(), 1.0, 1e-10),
+    "UPGrad, preference": (
+        lambda a: a.UPGrad(torch.tensor([0.3, 2.0], dtype=torch.float64), exactly()), flatmtl.UPGrad([0.3, 2.0]), 1.0, 1e-10,
+    ),
+    "DualProj": (lambda a: a.DualProj(projector=exactly()), flatmtl.DualProj(), 1.0, 1e-10),
+    "ConFIG": (lambda a: a.ConFIG(), flatmtl.ConFIG(), 1.0, 1e-10),
+    "ExcessMTL": (
+        lambda a: a.ExcessMTL(robust_step_size=0.5, n_warmup_steps=1), flatmtl.ExcessMTL(eta=0.5), 1 / K, 1e-5,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(TORCHJD))
@@ -205,6 +228,73 @@ def test_torchjds_mtl_backward(name: str) -> None:
     groups = [{"params": model.trunk.parameters(), "lr": 0.1 * factor}, {"params": model.heads.parameters()}]
     after = flatmtl.FlatMTL(SGD(groups, lr=0.1), aggregator=aggregator, rho=0.0, family_scale=None)
     assert max(train(model, after, equal_labels)) < 0
+    close(model, old, tolerance)
+
+
+# -- LibMTL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """LibMTL makes its buffers in torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def libmtl(name: str, model: TwoHeads, tasks: int) -> Any:
+    """A weighting of LibMTL, as its trainer makes it part of the model."""
+    if importlib.util.find_spec("LibMTL") is None:
+        pytest.skip("needs LibMTL")
+
+    class Trained(getattr(contenders.libmtl_weightings(), name)):  # type: ignore[misc]
+        def get_share_params(self) -> Any:
+            return model.trunk.parameters()
+
+        def zero_grad_share_params(self) -> None:
+            model.trunk.zero_grad(set_to_none=False)
+
+    weighting = Trained()
+    weighting.task_num, weighting.device, weighting.rep_grad, weighting.epoch = tasks, torch.device("cpu"), False, 0
+    weighting.init_param()
+    return weighting
+
+
+EPOCH, RATE = 2, 0.025
+LIBMTL: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
+    # their options, ours, tasks, steps, tolerance
+    "EW": ({}, {"aggregator": "sum"}, 3, STEPS, 1e-12),
+    "GLS": ({}, {"aggregator": "sum", "weighting": "gls"}, 3, STEPS, 1e-12),
+    "UW": ({}, {"aggregator": "sum", "weighting": flatmtl.UW(lr=RATE)}, 3, STEPS, 1e-10),
+    "DWA": ({"T": 2.0}, {"aggregator": "sum", "weighting": flatmtl.DWA(epoch=EPOCH)}, 3, 4 * EPOCH, 1e-12),
+    "MGDA": ({"mgda_gn": "none"}, {"aggregator": "mgda"}, 2, STEPS, 1e-12),
+    "PCGrad": ({}, {"aggregator": "pcgrad"}, 2, STEPS, 1e-12),
+    "CAGrad": ({"calpha": C, "rescale": 1}, {"aggregator": flatmtl.CAGrad(c=C)}, 3, STEPS, 1e-4),
+    "IMTL": ({}, {"aggregator": "imtl_g", "weighting": flatmtl.IMTLL(lr=RATE)}, 2, STEPS, 1e-8),
+    "GradVac": ({"beta": 0.0}, {"aggregator": flatmtl.GradVac(beta=0.0)}, 2, STEPS, 1e-10),
+}
+
+
+@pytest.mark.parametrize("name", list(LIBMTL))
+def test_libmtls_weightings(name: str, double: None) -> None:
+    theirs, ours, tasks, steps, tolerance = LIBMTL[name]
+    model, old = opposed() if tasks == K else (two_heads(tasks=tasks), two_heads(tasks=tasks))
+    weighting = libmtl(name, old, tasks)
+    optimizer = SGD(old.parameters(), lr=0.1)
+    learned = torch.optim.Adam([*weighting.parameters(), nn.Parameter(torch.zeros(1))], lr=RATE)
+    weighting.train_loss_buffer = torch.zeros(tasks, steps).numpy()
+    for step in range(steps):
+        weighting.epoch = step // EPOCH
+        losses = torch.stack(closure_of(old, *equal_labels(step, tasks))())
+        weighting.train_loss_buffer[:, step // EPOCH] += losses.detach().numpy() / EPOCH
+        optimizer.zero_grad()
+        learned.zero_grad()
+        weighting.backward(losses, **theirs)
+        optimizer.step()
+        learned.step()
+    after = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=0.0, family_scale=None, **ours)
+    for step in range(steps):
+        after.step(closure_of(model, *equal_labels(step, tasks)))
     close(model, old, tolerance)
 
 

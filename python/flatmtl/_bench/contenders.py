@@ -40,7 +40,7 @@ def versions() -> dict[str, dict[str, Any]]:
     }
     for name, package in _PACKAGES.items():
         try:
-            _libmtl_weightings() if name == LIBMTL else importlib.import_module(package)
+            libmtl_weightings() if name == LIBMTL else importlib.import_module(package)
             found[name] = {"version": importlib.metadata.version(package)}
         except Exception as error:  # a library may fail at import in ways of its own
             found[name] = {"version": None, "absent": f"{type(error).__name__}: {error}"}
@@ -166,7 +166,7 @@ _LIBMTL_OPTIONS = {"mgda_gn": "none", "calpha": 0.4, "rescale": 1, "beta": 0.01,
                    "UPGrad_norm_eps": 1e-4, "UPGrad_reg_eps": 1e-4}  # fmt: skip
 
 
-def _libmtl_weightings() -> Any:
+def libmtl_weightings() -> Any:
     """LibMTL.weighting, without the rest of LibMTL where that cannot be imported: 1.1.5 needs a module that torchvision
     removed, and its weightings do not."""
     try:
@@ -190,7 +190,7 @@ def _libmtl(method: str, tasks: int) -> Solve:
     """A weighting of LibMTL that is handed the rows, in place of computing them, and whose update is taken."""
     if method not in _LIBMTL_NAMES:
         raise NotImplementedError(f"LibMTL forms no rows for {method}, or has no such method")
-    base = getattr(_libmtl_weightings(), _LIBMTL_NAMES[method])
+    base = getattr(libmtl_weightings(), _LIBMTL_NAMES[method])
 
     class HandedRows(base):  # type: ignore[misc, valid-type]
         def _compute_grad_dim(self) -> None:
