@@ -69,7 +69,10 @@ class TaskState:
 
     @staticmethod
     def mean(parts: Sequence[Sequence[TaskState]]) -> list[TaskState]:
-        """Means of losses and gradients over parts of the batch, each task's over the parts where it is present."""
+        """Means of losses and gradients over parts of the batch, each task's over the parts where it has a loss.
+
+        A part where loss and gradient are zero has no perturbed pass, as nothing moves: it counts with its loss.
+        """
         if len(parts) == 1:
             return list(parts[0])
         means = []
@@ -79,7 +82,10 @@ class TaskState:
             if present:
                 mean.parts = sum(s.parts for s in present)
                 mean.loss = _mean_loss([s.loss for s in present])
-                mean.perturbed_loss = _mean_loss([s.perturbed_loss for s in present])
+                if any(s.perturbed_loss is not None for s in present):
+                    mean.perturbed_loss = _mean_loss(
+                        [s.loss if s.perturbed_loss is None else s.perturbed_loss for s in present]
+                    )
                 mean.reached = sorted({i for s in present for i in s.reached})
                 mean.grads = _mean_row([s.grads for s in present])
                 mean.perturbed = _mean_row([s.perturbed for s in present])

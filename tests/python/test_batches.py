@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import flatmtl
 import pytest
 import torch
@@ -85,6 +87,37 @@ def test_task_absent_from_some_micro_batches(m_sharpness: bool) -> None:
     torch.testing.assert_close(losses[1], alone.detach())
     assert calls.count(1) == 3  # the first micro-batch is not run again for task 1
     assert calls.count(0) == 2
+
+
+@pytest.mark.parametrize("flat", ["fmtl", "sam"])
+def test_losses_and_perturbed_losses_are_means_over_the_same_parts(flat: str) -> None:
+    """Task 1 is masked in the first micro-batch: its loss and gradient are zero there, and no pass is made for it."""
+    x, y = batch()
+    model, parts, rho = two_heads(), split(x, y, 2), 0.3
+
+    def closure(k: int, net: TwoHeads) -> list[Tensor]:
+        first, second = losses_of(net, parts[k])
+        return [first, second * k]
+
+    before = copy.deepcopy(model)
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), m_sharpness=True, flat=flat, rho=rho, norm="joint")
+    optimizer.step(lambda k: closure(k, model), batches=[0, 1])
+    losses, perturbed = torch.zeros(2, 2, 2, dtype=torch.float64)
+    for k in range(2):
+        losses[k] = torch.stack(closure(k, before)).detach()
+        for i in range(2):
+            moved = copy.deepcopy(before)
+            values_here = closure(k, moved)
+            loss = values_here[i] if flat == "fmtl" else sum(values_here)
+            params = list(moved.parameters())
+            grads = torch.autograd.grad(loss, params, materialize_grads=True)  # type: ignore[arg-type]
+            norm = torch.cat([g.flatten() for g in grads]).norm()
+            with torch.no_grad():
+                for p, g in zip(params, grads, strict=True):
+                    p += rho * g / norm if norm > 0 else 0.0
+            perturbed[k, i] = closure(k, moved)[i].detach()
+    for key, expected in (("losses", losses), ("perturbed_losses", perturbed), ("sharpness", perturbed - losses)):
+        torch.testing.assert_close(optimizer.last[key], expected.mean(0), rtol=1e-10, atol=1e-12)
 
 
 def test_errors() -> None:
