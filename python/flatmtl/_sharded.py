@@ -78,6 +78,20 @@ def shards(params: Sequence[Tensor], names: Iterable[str]) -> list[Shards | None
     return found
 
 
+def check_unscalable(params: Sequence[tuple[str, Tensor]]) -> None:
+    """Raises where GradScaler cannot unscale the gradients, which it hands to one operation a device and dtype: torch
+    refuses plain tensors beside DTensors there. params: names and parameters."""
+    seen: dict[Any, dict[bool, str]] = {}
+    for name, p in params:
+        kinds = seen.setdefault((p.device, p.dtype), {})
+        kinds.setdefault(is_sharded(p), name)
+        if len(kinds) == 2:
+            raise TypeError(
+                f"grad_scaler: parameter {kinds[True]} is a DTensor and parameter {kinds[False]} is not; GradScaler.unscale_ "
+                "takes either kind, not both: shard all parameters, or use bfloat16 without a scaler"
+            )
+
+
 def gradients(
     losses: Sequence[Loss], params: Sequence[Tensor], scale: float, retain_graph: bool
 ) -> tuple[Tensor | None, ...]:

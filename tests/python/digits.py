@@ -79,6 +79,19 @@ def train(
     return record
 
 
+def plain(
+    model: nn.Module, steps: list[Any], *, decay: float = 1.0, sync: str | None = "auto", **options: Any
+) -> tuple[flatmtl.FlatMTL, list[Any]]:
+    """Trains by the plain loop, the learning rate times `decay` after every step; the optimizer and the losses."""
+    optimizer = flat(model, sync=sync)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, decay)
+    record = []
+    for step in steps:
+        record += train(model, optimizer, [step], **options)
+        scheduler.step()
+    return optimizer, record
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two state dicts (nested, of modules or optimizers) are equal bit for bit."""
     if isinstance(a, Tensor):

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from sync_checks import same_bits
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ExponentialLR
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -58,12 +57,7 @@ def data(count: int) -> Batch:
 def alone(steps: list[Any], decay: float = 1.0, **options: Any) -> tuple[nn.Module, list[Any]]:
     """The plain loop in this process alone."""
     model = net()
-    optimizer = digits.flat(model, sync=None)
-    scheduler = ExponentialLR(optimizer, decay)
-    losses = []
-    for step in steps:
-        losses += digits.train(model, optimizer, [step], **options)
-        scheduler.step()
+    _, losses = digits.plain(model, steps, decay=decay, sync=None, **options)
     return model, losses
 
 
@@ -73,94 +67,64 @@ def equal_models(a: nn.Module, b: nn.Module) -> None:
     assert same_bits(*a.parameters())
 
 
+def equal_shards(sharded: nn.Module, whole: nn.Module) -> None:
+    """Of a model in FSDP2."""
+    for s, t in zip(sharded.parameters(), whole.parameters(), strict=True):
+        assert isinstance(s, torch.distributed.tensor.DTensor)
+        torch.testing.assert_close(s.full_tensor(), t, rtol=1e-9, atol=1e-11)
+
+
 # -- Accelerate --------------------------------------------------------------------------------------------------------
 
 
 def accelerate_loop(rank: int, size: int, micro: int, folder: str) -> None:
     """Batches of 32 dealt out by Accelerate are steps of 64; a run resumed from save_state ends where it would have."""
-    import accelerate
-    from accelerate.state import AcceleratorState, GradientState, PartialState
+    import accelerated
+    from accelerate.state import AcceleratorState
     from flatmtl.integrations.accelerate import backward
 
     def prepared(seed: int) -> Any:
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro)
-        assert accelerator.num_processes == size
-        model = net(seed)
         loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(32 * size * 4)), batch_size=32)
-        optimizer = digits.flat(model)
-        return accelerator, *accelerator.prepare(model, optimizer, loader, ExponentialLR(optimizer, 0.9))
+        parts = accelerated.prepared(net(seed), loader, micro=micro)
+        assert parts[0].num_processes == size
+        return parts
 
-    def train(accelerator: Any, model: nn.Module, optimizer: Any, loader: Any, scheduler: Any) -> list[Any]:
-        record = []
-        for batch in loader:
-            with accelerator.accumulate(model):
-                if micro == 1:
-                    losses = backward(accelerator, optimizer, lambda batch=batch: digits.losses_of(model, batch))
-                else:
-                    losses = backward(accelerator, optimizer, lambda batch: digits.losses_of(model, batch), batch)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), 0.5)
-                    record.append(losses)
-                optimizer.step()
-                scheduler.step()
-        return record
+    with accelerated.alone(), launched(rank, size):
+        accelerator, model, *others = prepared(0)
+        assert isinstance(model, nn.parallel.DistributedDataParallel)
+        record = accelerated.train(accelerator, model, *others, clip=0.5)
+        pieces = list(zip(*(part.split(32 * size) for part in data(32 * size * 4)), strict=True))
+        steps: list[Any] = pieces if micro == 1 else [pieces[k : k + micro] for k in range(0, 4, micro)]
+        # Accelerate steps the scheduler once a process
+        other, losses = alone(steps, 0.9**size, clip=0.5, micro=micro > 1)
+        equal_models(accelerator.unwrap_model(model), other)
+        for a, b in zip(record, losses, strict=True):
+            torch.testing.assert_close(a, b)
 
-    try:
-        with launched(rank, size):
-            accelerator, model, optimizer, loader, scheduler = prepared(0)
-            assert isinstance(model, nn.parallel.DistributedDataParallel)
-            record = train(accelerator, model, optimizer, loader, scheduler)
-            pieces = list(zip(*(part.split(32 * size) for part in data(32 * size * 4)), strict=True))
-            steps: list[Any] = pieces if micro == 1 else [pieces[k : k + micro] for k in range(0, 4, micro)]
-            # Accelerate steps the scheduler once a process
-            other, losses = alone(steps, 0.9**size, clip=0.5, micro=micro > 1)
-            equal_models(accelerator.unwrap_model(model), other)
-            for a, b in zip(record, losses, strict=True):
-                torch.testing.assert_close(a, b)
+        accelerator.save_state(folder)
+        accelerated.train(accelerator, model, *others)
+        AcceleratorState._reset_state()
+        accelerator, resumed, *others = prepared(1)
+        accelerator.load_state(folder)
+        accelerated.train(accelerator, resumed, *others)
+        assert digits.same(model.state_dict(), resumed.state_dict())
 
-            accelerator.save_state(folder)
-            train(accelerator, model, optimizer, loader, scheduler)
-            AcceleratorState._reset_state()
-            accelerator, resumed, optimizer, loader, scheduler = prepared(1)
-            accelerator.load_state(folder)
-            train(accelerator, resumed, optimizer, loader, scheduler)
-            assert digits.same(model.state_dict(), resumed.state_dict())
-
-            bare = net()
-            with pytest.raises(RuntimeError, match=r"2 processes, .*each would train for itself; give the model to"):
-                backward(accelerator, digits.flat(bare), lambda: digits.losses_of(bare, pieces[0]), pieces[0])
-    finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        bare = net()
+        with pytest.raises(RuntimeError, match=r"2 processes, .*each would train for itself; give the model to"):
+            backward(accelerator, digits.flat(bare), lambda: digits.losses_of(bare, pieces[0]), pieces[0])
 
 
 def accelerate_fsdp(rank: int, size: int) -> None:
-    """FSDP2. Accelerate has it for GPUs only, so its state is told that this is one."""
     import accelerate
-    from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-    from flatmtl.integrations.accelerate import backward
+    import accelerated
 
-    try:
-        with launched(rank, size):
-            accelerator = accelerate.Accelerator(cpu=True)
-            state = accelerator.state
-            state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
-            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-            model = net()
-            loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(32 * size * 4)), batch_size=32)
-            model, optimizer, loader = accelerator.prepare(model, digits.flat(model), loader)
-            for batch in loader:
-                backward(accelerator, optimizer, lambda batch=batch: digits.losses_of(model, batch))
-                accelerator.clip_grad_norm_(model.parameters(), 0.5)
-                optimizer.step()
-            other, _ = alone(list(zip(*(part.split(32 * size) for part in data(32 * size * 4)), strict=True)), clip=0.5)
-            for s, t in zip(model.parameters(), other.parameters(), strict=True):
-                assert isinstance(s, torch.distributed.tensor.DTensor)
-                torch.testing.assert_close(s.full_tensor(), t, rtol=1e-9, atol=1e-11)
-    finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+    with accelerated.alone(), launched(rank, size):
+        accelerated.force_fsdp2(accelerate.Accelerator(cpu=True).state)
+        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data(32 * size * 4)), batch_size=32)
+        parts = accelerated.prepared(net(), loader)
+        accelerated.train(*parts, clip=0.5)
+        pieces = list(zip(*(part.split(32 * size) for part in data(32 * size * 4)), strict=True))
+        equal_shards(parts[1], alone(pieces, 0.9**size, clip=0.5)[0])
 
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
@@ -222,8 +186,7 @@ def lightning_fit(rank: int, size: int, form: str, folder: str) -> None:
     other, losses = alone(steps, clip=options.get("gradient_clip_val"), micro=micro)
     assert trainer.global_step == len(steps)
     if form == "fsdp":
-        for s, t in zip(module.net.parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(s.full_tensor(), t, rtol=1e-9, atol=1e-11)  # type: ignore[operator]
+        equal_shards(module.net, other)
     else:
         equal_models(module.net, other)
     if form == "ddp":
@@ -234,39 +197,49 @@ def lightning_fit(rank: int, size: int, form: str, folder: str) -> None:
 # -- Transformers' Trainer ---------------------------------------------------------------------------------------------
 
 
-def trainer_run(rank: int, size: int, micro: int, folder: str) -> None:
-    """Batches of 32 dealt out by the Trainer are steps of 64; a run resumed from a checkpoint is the undisturbed one."""
+def trainer_class() -> Any:
     import transformers
-    from accelerate.state import AcceleratorState, GradientState, PartialState
     from flatmtl.integrations.transformers import FlatMTLMixin
 
     class MultiTaskTrainer(FlatMTLMixin, transformers.Trainer):
         def compute_losses(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Any, Any]:
-            assert isinstance(model, nn.parallel.DistributedDataParallel)
             outputs = model(inputs["pixels"])
             return digits.losses(outputs, inputs["digit"], inputs["even"]), outputs
 
         def _get_train_sampler(self, *args: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    return MultiTaskTrainer
+
+
+def trainer_of(cls: Any, model: nn.Module, folder: str, steps: int, micro: int = 1, **options: Any) -> Any:
+    import transformers
+
     examples = [dict(zip(("pixels", "digit", "even"), row, strict=True)) for row in zip(*data(256), strict=True)]
+    arguments = transformers.TrainingArguments(
+        folder, max_steps=steps, learning_rate=1e-2, optim="adamw_torch", weight_decay=0.0, max_grad_norm=0.5,
+        lr_scheduler_type="constant", logging_steps=steps, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=32, gradient_accumulation_steps=micro, remove_unused_columns=False, use_cpu=True,
+        ddp_backend="gloo", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return cls(model, arguments, train_dataset=examples, flatmtl_options={"aggregator": "pcgrad"})
+
+
+def trainer_run(rank: int, size: int, micro: int, folder: str) -> None:
+    """Batches of 32 dealt out by the Trainer are steps of 64; a run resumed from a checkpoint is the undisturbed one."""
+    import accelerated
+
     pieces = list(zip(*(part.split(64) for part in data(256)), strict=True))
     steps: list[Any] = pieces if micro == 1 else [pieces[:2], pieces[2:]]
 
     def trained(seed: int, resume: str | None = None) -> Any:
-        arguments = transformers.TrainingArguments(
-            folder, max_steps=len(steps), learning_rate=1e-2, optim="adamw_torch", weight_decay=0.0, max_grad_norm=0.5,
-            lr_scheduler_type="constant", logging_steps=len(steps), save_strategy="steps", save_steps=len(steps) // 2,
-            report_to="none", disable_tqdm=True, per_device_train_batch_size=32, gradient_accumulation_steps=micro,
-            remove_unused_columns=False, use_cpu=True, ddp_backend="gloo", dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = MultiTaskTrainer(
-            net(seed), arguments, train_dataset=examples, flatmtl_options={"aggregator": "pcgrad"}
-        )
-        assert arguments.world_size == size
-        trainer.train(resume_from_checkpoint=resume)
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        with accelerated.alone():
+            trainer = trainer_of(
+                trainer_class(), net(seed), folder, len(steps), micro, save_strategy="steps", save_steps=len(steps) // 2
+            )
+            assert trainer.args.world_size == size
+            trainer.train(resume_from_checkpoint=resume)
+            assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
         return trainer
 
     with launched(rank, size):
@@ -279,3 +252,22 @@ def trainer_run(rank: int, size: int, micro: int, folder: str) -> None:
         assert log["loss"] == pytest.approx(log["loss_digit"] + log["loss_even"], rel=1e-4)
         resumed = trained(1, os.path.join(folder, f"checkpoint-{len(steps) // 2}"))
         assert digits.same(trainer.model.state_dict(), resumed.model.state_dict())
+
+
+def trainer_fsdp(rank: int, size: int, folder: str) -> None:
+    """FSDP2, forced on the CPU as for Accelerate."""
+    import accelerated
+
+    class Forced(trainer_class()):  # type: ignore[misc]
+        def create_accelerator_and_postprocess(self) -> None:
+            super().create_accelerator_and_postprocess()
+            assert self.args.fsdp_plugin_args["fsdp_version"] == 2
+            assert not self.is_fsdp_enabled
+            accelerated.force_fsdp2(self.accelerator.state)
+            self.is_fsdp_enabled = True
+
+    pieces = list(zip(*(part.split(64) for part in data(256)), strict=True))
+    with launched(rank, size), accelerated.alone():
+        trainer = trainer_of(Forced, net(), folder, len(pieces), save_strategy="no", fsdp=True)
+        trainer.train()
+        equal_shards(trainer.model, alone(pieces, clip=0.5)[0])

@@ -157,6 +157,47 @@ def non_finite(rank: int, size: int, perturbed: bool) -> None:
     assert not optimizer.last["skipped"]
 
 
+def grad_scaler(rank: int, size: int) -> None:
+    """With torch's scaler and clipping, as in one process; an overflow on one rank skips the update on all."""
+    expected, model = two_heads(width=5), sharded("all")
+    runs = []
+    for net in (expected, model):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=2)
+        runs.append((net, make(net, sync=None if net is expected else "auto"), scaler))
+    for seed in range(4):
+        x, y = batch(seed)
+        mine = split(x, y, size)[rank]
+        for net, optimizer, scaler in runs:
+            here = net is expected or rank == size - 1
+            factor = math.inf if seed == 1 and here else 1.0
+            part = (x, y) if net is expected else mine
+            optimizer.backward(lambda n=net, b=part, f=factor: [loss * f for loss in losses_of(n, b)], scaler)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            before = shards(net)
+            scaler.step(optimizer)
+            assert all(map(torch.equal, before, shards(net))) == (seed == 1)
+            scaler.update()
+        close([whole(p) for p in model.parameters()], values(expected))
+        assert runs[0][2].get_scale() == runs[1][2].get_scale() == (2.0**12 if seed in (0, 3) else 2.0**11)
+
+
+def grad_scaler_with_plain_parameters(rank: int, size: int) -> None:
+    """torch's scaler cannot unscale DTensors and plain tensors together; it is refused before the passes."""
+    model = sharded("mixed")
+    optimizer, scaler = make(model), torch.amp.GradScaler("cpu")
+    mine = split(*batch(), size)[rank]
+    calls = []
+    with pytest.raises(TypeError, match=r"grad_scaler: parameter .*\[0\] is a DTensor and parameter .*\[2\] is not"):
+        optimizer.backward(lambda: calls.append(0), scaler)
+    assert not calls
+    optimizer.backward(lambda: losses_of(model, mine), torch.amp.GradScaler("cpu", enabled=False))
+    scaler.scale(torch.ones(()))
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        scaler.unscale_(optimizer)
+    optimizer.step()
+
+
 def failure(rank: int, size: int, at: int, form: str, timeout: float) -> None:
     """One rank fails inside a closure whose passes wait for all ranks: all raise, none hangs, all are as before."""
     if form == "ddp":

@@ -13,73 +13,40 @@ from torch.utils.data import DataLoader
 
 accelerate = pytest.importorskip("accelerate")
 
-from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState  # noqa: E402
+import accelerated  # noqa: E402
+from accelerate.state import AcceleratorState, DistributedType  # noqa: E402
 from flatmtl.integrations.accelerate import backward  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Accelerate keeps its state in singletons; the next Accelerator is to start anew."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    with accelerated.alone():
+        yield
 
 
-def run(
-    count: int = 4,
-    *,
-    clip: float | None = None,
-    micro: int = 1,
-    dropout: float = 0.0,
-    norm: bool = True,
-    **options: Any,
-) -> tuple[Any, Any, Any, list[Any]]:
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=micro, **options)
-    model = digits.net(dropout=dropout, norm=norm)
-    raw = digits.flat(model)
+def run(count: int = 4, *, clip: float | None = None, norm: bool = True, **options: Any) -> tuple[Any, Any, list[Any]]:
+    """Trains; the bare model, the FlatMTL and the losses."""
     loader = DataLoader(digits.batches(count), batch_size=None)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(raw, 0.9)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, raw, loader, scheduler)
-    record = []
-    for batch in loader:
-        with accelerator.accumulate(model):
-            if micro == 1:
-                losses = backward(accelerator, optimizer, lambda batch=batch: digits.losses_of(model, batch))
-            else:
-                losses = backward(accelerator, optimizer, lambda batch: digits.losses_of(model, batch), batch)
-            if clip is not None and accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), clip)
-            optimizer.step()
-            scheduler.step()
-        record.append(losses)
-    return accelerator, accelerator.unwrap_model(model), raw, record
-
-
-def plain(steps: list[Any], clip: float | None, micro: bool, **options: Any) -> tuple[Any, Any, list[Any]]:
-    model = digits.net(**options)
-    optimizer = digits.flat(model)
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    record = []
-    for step in steps:
-        record += digits.train(model, optimizer, [step], clip=clip, micro=micro)
-        scheduler.step()
-    return model, optimizer, record
+    parts = accelerated.prepared(digits.net(norm=norm), loader, **options)
+    losses = accelerated.train(*parts, clip=clip)
+    return parts[0].unwrap_model(parts[1]), parts[2].optimizer, losses
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("micro", [1, 3])
 def test_the_accelerated_loop_is_the_plain_loop(micro: int, clip: float | None) -> None:
-    _, model, optimizer, record = run(clip=clip, micro=micro, norm=micro == 1)
+    model, optimizer, record = run(clip=clip, micro=micro, norm=micro == 1)
     steps: list[Any] = digits.batches(4) if micro == 1 else [digits.batches(4)[:3], digits.batches(4)[3:]]
-    other, other_optimizer, losses = plain(steps, clip, micro > 1, norm=micro == 1)
+    other = digits.net(norm=micro == 1)
+    other_optimizer, losses = digits.plain(other, steps, decay=0.9, clip=clip, micro=micro > 1)
     assert digits.same(model.state_dict(), other.state_dict())
     assert digits.same(optimizer.state_dict(), other_optimizer.state_dict())
-    assert digits.same([losses for losses in record if losses is not None], losses)
+    assert digits.same(record, losses)
 
 
 def test_bf16() -> None:
     """Accelerate runs the model, not the losses, in autocast."""
-    _, model, _, record = run(mixed_precision="bf16")
+    model, _, record = run(mixed_precision="bf16")
     other = digits.net()
     optimizer = digits.flat(other)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)

@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import framework_checks as checks
 import pytest
 import ranks
-import torch
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.RankPool]:
-    with ranks.pool(2) as pool:
-        yield pool
 
 
 def needs(name: str) -> None:
@@ -42,6 +32,12 @@ def test_accelerate_with_fsdp(two: ranks.RankPool) -> None:
 def test_lightning(two: ranks.RankPool, form: str, tmp_path: Path) -> None:
     needs("lightning")
     two(checks.lightning_fit, form, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_trainer_with_fsdp(two: ranks.RankPool, tmp_path: Path) -> None:
+    needs("transformers")
+    two(checks.trainer_fsdp, str(tmp_path))
 
 
 @pytest.mark.slow

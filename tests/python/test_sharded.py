@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
 import shard_checks as checks
-import torch
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.RankPool]:
-    with ranks.pool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def one() -> Iterator[ranks.RankPool]:
-    with ranks.pool(1) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[ranks.RankPool]:
-    with ranks.pool(4) as pool:
-        yield pool
-
 
 CASES: list[tuple[dict[str, Any], str]] = [
     ({}, "all"),
@@ -72,6 +49,14 @@ def test_absent_tasks(two: ranks.RankPool) -> None:
 def test_non_finite_on_one_rank(two: ranks.RankPool) -> None:
     two(checks.non_finite, False)
     two(checks.non_finite, True)
+
+
+def test_grad_scaler(two: ranks.RankPool) -> None:
+    two(checks.grad_scaler)
+
+
+def test_grad_scaler_with_plain_parameters_is_refused(two: ranks.RankPool) -> None:
+    two(checks.grad_scaler_with_plain_parameters)
 
 
 def test_refused(two: ranks.RankPool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,21 +9,6 @@ import ranks
 import sync_checks as checks
 import torch
 from models import two_heads
-
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[ranks.RankPool]:
-    with ranks.pool(2) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def four() -> Iterator[ranks.RankPool]:
-    with ranks.pool(4) as pool:
-        yield pool
-
 
 OPTIONS: list[dict[str, Any]] = [
     {},
