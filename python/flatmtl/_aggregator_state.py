@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import _state
+
 if TYPE_CHECKING:
     from .aggregators import Aggregator
 
@@ -79,10 +81,9 @@ def check(aggregator: Aggregator, state: dict[str, Any], tasks: int) -> None:
             continue
         shape = _shape(aggregator, call, tasks)
         if not isinstance(value, Tensor) or value.shape != shape or value.dtype != torch.float64:
-            found = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(
-                f"state of the aggregator {aggregator.name!r}: {call!r} is {found}, but {tasks} tasks need a float64 "
-                f"tensor of shape {shape}"
+                f"state of the aggregator {aggregator.name!r}: {call!r} is {_state.shown(value)}, but {tasks} tasks need a "
+                f"float64 tensor of shape {shape}"
             )
         if not bool((value.abs() <= 1).all()):
             raise ValueError(f"state of the aggregator {aggregator.name!r}: {call!r} holds values beyond [-1, 1]")

@@ -83,7 +83,7 @@ class Plan:
             row = buffers.setdefault(str(step.params[i].index), [None] * total)
             for k, task in enumerate(self.at):
                 like = step.tensors[i]
-                row[task] = fresh_buffer(like) if row[task] is None else row[task].to(like.device)
+                row[task] = fresh_buffer(like) if row[task] is None else _fitted(row[task], like)
                 memory["rows"][k].append(row[task])
         return memory
 
@@ -189,3 +189,12 @@ class Plan:
     @property
     def _shared(self) -> list[int]:
         return self.step.shared
+
+
+def _fitted(buffer: Tensor, like: Tensor) -> Tensor:
+    """A buffer as `fresh_buffer` would make it: itself, or a copy where it was loaded from another device, dtype or
+    memory layout."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if (buffer.device, buffer.dtype, buffer.stride()) == (like.device, dtype, like.stride()):
+        return buffer
+    return torch.empty_like(like, dtype=dtype).copy_(buffer)

@@ -1,4 +1,5 @@
-"""What is FlatMTL's own in a distributed checkpoint, beside what torch.distributed.checkpoint saves of an optimizer."""
+"""What is FlatMTL's own in a checkpoint: its part of a state_dict, checked, and that of a distributed checkpoint, beside
+what torch.distributed.checkpoint saves of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import _sharded
+from . import _sharded, _state
+from ._roles import SHARED
 
 if TYPE_CHECKING:
     from .optimizer import FlatMTL
+
+VERSION = 1
+_KINDS = ("aggregator", "weighting", "flat")
 
 
 class FlatMTLState:
@@ -36,8 +41,12 @@ class FlatMTLState:
         return {"flatmtl": buffer.getvalue()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = torch.load(io.BytesIO(state_dict["flatmtl"]), weights_only=True)
-        own["states"] = _rows(own["states"], self._optimizer._all_tensors(), _part)
+        saved = _state.entry(state_dict, "flatmtl", "state of flatmtl_state")
+        if not isinstance(saved, bytes):
+            raise ValueError(f"state of flatmtl_state: 'flatmtl' is {_state.shown(saved)}; it must be bytes")
+        own = torch.load(io.BytesIO(saved), weights_only=True)
+        if isinstance(own, dict) and "states" in own:
+            own["states"] = _rows(own["states"], self._optimizer._all_tensors(), _part)
         self._optimizer._load_own_state(own)
         self._optimizer._loaded = own  # torch's helper loads the wrapped optimizer's state afterwards
 
@@ -59,5 +68,65 @@ def _whole(param: Tensor, shard: Tensor) -> Tensor:
 
 
 def _part(param: Tensor, whole: Tensor) -> Tensor:
+    if whole.shape != param.shape:  # refused by who checks the state
+        return whole
     local = _sharded.local(param)
     return torch.empty_like(local, dtype=whole.dtype).copy_(_sharded.cut(param, whole))
+
+
+def check(optimizer: FlatMTL, own: Any, count: int | None = None) -> None:
+    """Raises ValueError, which names the entry, unless the optimizer can load `own`, the "flatmtl" of a state_dict.
+
+    Args:
+        count: the number of parameters in the rest of the state_dict, if it is there.
+    """
+    what = "state_dict['flatmtl']"
+    version = own.get("version") if isinstance(own, dict) else None
+    if version != VERSION:
+        raise ValueError(f"{what} has version {_state.shown(version)}, but this flatmtl reads {VERSION}")
+    _state.integer(own, "steps", what)
+    _state.integer(own, "seed", what, 2**53)
+    tasks = _state.entry(own, "tasks", what)
+    if not (tasks is None or isinstance(tasks, (list, tuple))):
+        raise ValueError(f"{what}: 'tasks' is {_state.shown(tasks)}; it must be None or a list")
+    if tasks is not None and optimizer.tasks is not None and len(tasks) != len(optimizer.tasks):
+        raise ValueError(f"{what} has {len(tasks)} tasks, but the optimizer has {len(optimizer.tasks)}")
+    params = optimizer._all_tensors()
+    num_tasks = 0 if tasks is None else len(tasks)
+    _check_roles(_state.entry(own, "roles", what), f"{what}: 'roles'", num_tasks, len(params), count)
+    states = _state.entry(own, "states", what)
+    if not isinstance(states, dict):
+        raise ValueError(f"{what}: 'states' is {_state.shown(states)}; it must be a dict")
+    for kind, state in states.items():
+        name = _state.entry(state, "name", f"{what}: 'states'[{kind!r}]")
+        method = getattr(optimizer.settings, kind) if kind in _KINDS else None
+        if method is None or method.name != name:
+            raise ValueError(
+                f"{what} holds the state of {kind} {_state.shown(name)}, but the optimizer has "
+                f"{None if method is None else method.name!r}"
+            )
+        method.check_state(state, num_tasks, [_sharded.local(p) for p in params])
+
+
+def check_groups(state_dict: dict[str, Any]) -> int:
+    """The number of parameters in a state_dict of an optimizer; raises ValueError where its param_groups have no such
+    form. Whether they fit is torch's to check."""
+    groups = _state.entry(state_dict, "param_groups", "state_dict")
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"state_dict: 'param_groups' is {_state.shown(groups)}; it must be a list")
+    _state.entry(state_dict, "state", "state_dict")
+    return sum(len(_state.entry(group, "params", f"state_dict['param_groups'][{g}]")) for g, group in enumerate(groups))
+
+
+def _check_roles(roles: Any, what: str, num_tasks: int, num_params: int, count: int | None) -> None:
+    if not isinstance(roles, (list, tuple)):
+        raise ValueError(f"{what} is {_state.shown(roles)}; it must be a list, with one entry a parameter")
+    if len(roles) != num_params or count not in (None, len(roles)):
+        raise ValueError(f"{what} is for {len(roles)} parameters, but the optimizer has {num_params}")
+    for i, role in enumerate(roles):
+        known = isinstance(role, int) and not isinstance(role, bool) and SHARED <= role < num_tasks
+        if not (role is None or known):
+            raise ValueError(
+                f"{what}[{i}] is {_state.shown(role)}; it must be None, {SHARED} (shared) or the number of one of the "
+                f"{num_tasks} tasks"
+            )

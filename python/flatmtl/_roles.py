@@ -38,7 +38,11 @@ class Roles:
         return [self.of.get(p) for p in params]
 
     def load(self, state: Sequence[int | None], params: Sequence[Tensor]) -> None:
-        self.of = {p: role for p, role in zip(params, state, strict=True) if role is not None}
+        """Takes over what `state` gave. With `shared` given, that wins: a role that contradicts it is found anew."""
+        loaded = {p: role for p, role in zip(params, state, strict=True) if role is not None}
+        if (fixed := self.fixed) is not None:
+            loaded = {p: role for p, role in loaded.items() if (role == SHARED) == (p in fixed)}
+        self.of = loaded
 
 
 def _tensors(items: Iterable[Any]) -> set[Tensor]:

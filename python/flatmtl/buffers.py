@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import _ops
+from . import _ops, _state
 from .aggregators import BUFFER_AGGREGATORS, Aggregator, _checked_seed
 
 Memory = dict[str, Any]
@@ -96,19 +96,28 @@ class BufferAggregator(Aggregator):
             )
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
-        """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""
+        """Raises ValueError, which names the entry, where a loaded state does not fit the number of tasks or the
+        parameters, or lacks something."""
         for family in ("loss", "flat"):
             memory = state.get(family)
             if memory is None:
                 continue
-            expected = self.fresh_values(num_tasks)
-            if memory["values"].shape != expected.shape:
-                raise ValueError(f"state_dict holds a state of {self.name!r} that is not for {num_tasks} tasks")
-            for key, buffers in memory["buffers"].items():
-                i = int(key)
-                fits = i < len(params) and len(buffers) == num_tasks
-                if not fits or any(b is not None and b.shape != params[i].shape for b in buffers):
-                    raise ValueError(f"state_dict holds buffers of {self.name!r} that do not fit parameter {i}")
+            what = f"state of the aggregator {self.name!r}, {family!r}"
+            _state.float64(memory, "values", what, (self.state_size(num_tasks),))
+            buffers = _state.entry(memory, "buffers", what)
+            if not isinstance(buffers, dict):
+                raise ValueError(f"{what}: 'buffers' is {_state.shown(buffers)}; it must be a dict")
+            for key, tensors in buffers.items():
+                where = f"{what}: 'buffers'[{key!r}]"
+                if key not in map(str, range(len(params))):
+                    raise ValueError(f"{where}: there is no such parameter; the optimizer has {len(params)}")
+                if not isinstance(tensors, list) or len(tensors) != num_tasks:
+                    raise ValueError(
+                        f"{where} is {_state.shown(tensors)}; it must be a list of {num_tasks}, one a task"
+                    )
+                for k, tensor in enumerate(tensors):
+                    if tensor is not None:
+                        _state.like(tensor, f"{where}[{k}]", params[int(key)], int(key))
 
     def _in(
         self, name: str, low: float, high: float, must: str, open_low: bool = False, open_high: bool = True

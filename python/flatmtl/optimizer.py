@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import sys
 from collections import OrderedDict
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _ops, _record, _sharded, _validation, _weighting
+from . import _checkpoint, _ops, _record, _sharded, _validation, _weighting
 from ._checkpoint import FlatMTLState
 from ._features import read_modules
 from ._losses import Task
@@ -27,7 +28,6 @@ from .buffers import BufferAggregator
 from .flatness import Flatness, get_flatness
 from .weightings import Weighting, get_weighting
 
-_STATE_VERSION = 1
 _HOOKS = (
     "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
     "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks",
@@ -58,7 +58,8 @@ class FlatMTL(Optimizer):
     non-finite gradient), parameters, ``.grad``, optimizer state, buffers and generators are as they were.
 
     Args:
-        optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's.
+        optimizer: the optimizer to wrap. Its ``param_groups``, ``defaults`` and ``state`` are also this one's. It may have
+            been wrapped before, but is not a FlatMTL itself.
         aggregator: a name (``"cagrad"``) or an object (``flatmtl.CAGrad(c=0.4)``).
         weighting: a loss weighting in front of the aggregator, a name (``"uw"``) or an object of
             :mod:`flatmtl.weightings`: the step is that of the losses :math:`c_i l_i` with :math:`c` held constant, for
@@ -67,8 +68,9 @@ class FlatMTL(Optimizer):
             :mod:`flatmtl.flatness`.
         every: makes the perturbed passes every so many steps and reuses flat gradients in between; the option of that
             name of the modes ``"fmtl"`` and ``"looksam"``.
-        rho: radius of the perturbation, >= 0, or a pair (shared, task). Also a key of the param groups. 0 is plain
-            gradient aggregation, without perturbed passes.
+        rho: radius of the perturbation, >= 0, or a pair (shared, task). Also a key of the param groups, where it wins; the
+            rho that an earlier FlatMTL around the same optimizer gave to its groups is replaced. 0 is plain gradient
+            aggregation, without perturbed passes.
         adaptive: ASAM (2102.11600): :math:`\epsilon = \rho\, T^2 g / \|T g\|` with :math:`T = |\theta| + \eta`, for
             every parameter, as the F-MTL authors' code does. Wants a larger rho (they use 2).
         eta: the :math:`\eta` of ASAM, >= 0. None is 0, and 0.01 for ``flat="asam"``.
@@ -83,7 +85,7 @@ class FlatMTL(Optimizer):
         max_norm: clips the combined gradient of the shared parameters to this norm, each family's with
             ``combine="decomposed"``, else the whole: what the Nash-MTL and FairGrad papers do, with 1.
         shared: parameters or modules that are shared, instead of finding them. Every other parameter is own and gets
-            the sum of the t_i of the losses that reach it.
+            the sum of the t_i of the losses that reach it. What a loaded state says of them does not count.
         modules: modules whose buffers are to be protected, instead of all that the closure calls.
         features: the modules whose outputs the heads read. The K backwards of the losses stop there, the aggregator
             sees the gradients of the features, and one backward with their weighted sum gives the trunk's gradient
@@ -143,12 +145,12 @@ class FlatMTL(Optimizer):
         # Not super().__init__: param_groups, defaults and state are the wrapped optimizer's.
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
-        if isinstance(optimizer, FlatMTL):
-            raise TypeError("optimizer is a FlatMTL already")
+        _check_nothing_of_ours(optimizer)
         if isinstance(optimizer, torch.optim.LBFGS):
             raise TypeError("LBFGS cannot be wrapped: its step evaluates a closure of a single loss several times")
         _check_duplicates(optimizer.param_groups)
         _check_rho(rho, "rho")
+        groups = _groups_without_rho(optimizer)
         if eta is not None and not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
             raise ValueError(f"Invalid eta: {eta} (expected a finite number >= 0)")
         mode = get_flatness(flat, every)
@@ -200,9 +202,9 @@ class FlatMTL(Optimizer):
         self.last: dict[str, Any] = {}
         self._after_update: _weighting.Observation | None = None
         self.optimizer = optimizer
-        optimizer.defaults.setdefault("rho", rho)
-        for group in optimizer.param_groups:
-            _check_rho(group.setdefault("rho", rho), "rho of a param group")
+        for group in groups:
+            group["rho"] = rho
+        optimizer.defaults["rho"] = rho
         for hooks in _HOOKS:
             setattr(self, hooks, OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
@@ -338,7 +340,8 @@ class FlatMTL(Optimizer):
             closure, batches, validation: as for `step`.
             grad_scaler: a `torch.amp.GradScaler`. The losses are scaled, the perturbation is that of the unscaled
                 gradients, and `.grad` holds the scaled update, or Inf if a pass overflowed (whatever `nonfinite` says;
-                nothing else has then changed). Then `scaler.step(optimizer)` and `scaler.update()`, as usual.
+                nothing else has then changed). Then `scaler.step(optimizer)` and `scaler.update()`, as usual. Raises
+                TypeError where plain parameters stand beside DTensors, which torch's scaler cannot unscale.
 
         Returns:
             The losses, as `step`.
@@ -373,6 +376,8 @@ class FlatMTL(Optimizer):
                 if not batches:
                     raise ValueError("batches is empty: expected at least one micro-batch")
             scaled = grad_scaler is not None and grad_scaler.is_enabled()
+            if scaled:
+                _sharded.check_unscalable([(p.name, p.tensor) for p in params])
             loss_scale = 1.0
             if scaled:  # through scale(), which sets the scaler up at its first call
                 loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
@@ -476,7 +481,7 @@ class FlatMTL(Optimizer):
 
     def _own_state(self) -> dict[str, Any]:
         return {
-            "version": _STATE_VERSION,
+            "version": _checkpoint.VERSION,
             "steps": self.steps,
             "seed": self.settings.seed,
             "tasks": None if self.tasks is None else list(self.tasks),
@@ -487,7 +492,7 @@ class FlatMTL(Optimizer):
     def _load_own_state(self, own: dict[str, Any] | None) -> None:
         """Everything found anew, or what `_own_state` gave."""
         if own is not None:
-            self._check_state(own)
+            _checkpoint.check(self, own)
         self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
         self._after_update = self._loaded = None
         self.roles.of, self.states = {}, {}
@@ -499,15 +504,25 @@ class FlatMTL(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a `state_dict` of this class, or a plain one of the wrapped optimizer (roles are then found anew)."""
+        """Loads a `state_dict` of this class, or a plain one of the wrapped optimizer (roles are then found anew).
+
+        Roles that contradict `shared=` are not taken: it wins.
+
+        Raises:
+            ValueError: the state does not fit, or lacks something; the message names the entry, and nothing is changed.
+        """
         state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = dict(result)
         own = state_dict.pop("flatmtl", self._loaded)
+        count = _checkpoint.check_groups(state_dict)
+        for g, group in enumerate(state_dict["param_groups"]):
+            if "rho" in group:
+                _check_rho(group["rho"], f"state_dict['param_groups'][{g}]['rho']")
         if own is not None:
-            self._check_state(own, sum(len(group["params"]) for group in state_dict["param_groups"]))
+            _checkpoint.check(self, own, count)
         rhos = [group.get("rho", self.defaults["rho"]) for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, rhos, strict=True):
@@ -515,27 +530,6 @@ class FlatMTL(Optimizer):
         self._load_own_state(own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _check_state(self, own: Any, count: int | None = None) -> None:
-        version = own.get("version") if isinstance(own, dict) else None
-        if version != _STATE_VERSION:
-            raise ValueError(f"state_dict['flatmtl'] has version {version!r}, but this flatmtl reads {_STATE_VERSION}")
-        if len(own["roles"]) != len(self._all_tensors()) or count not in (None, len(own["roles"])):
-            raise ValueError(
-                f"state_dict['flatmtl']['roles'] is for {len(own['roles'])} parameters, but the optimizer has "
-                f"{len(self._all_tensors())}"
-            )
-        if own["tasks"] is not None and self.tasks is not None and len(own["tasks"]) != len(self.tasks):
-            raise ValueError(f"state_dict has {len(own['tasks'])} tasks, but the optimizer has {len(self.tasks)}")
-        for kind, state in own["states"].items():
-            method = getattr(self.settings, kind, None)
-            if method is None or method.name != state["name"]:
-                raise ValueError(
-                    f"state_dict holds the state of {kind} {state['name']!r}, but the optimizer has "
-                    f"{None if method is None else method.name!r}"
-                )
-            tensors = [_sharded.local(p) for p in self._all_tensors()]
-            method.check_state(state, 0 if own["tasks"] is None else len(own["tasks"]), tensors)
 
     def _all_tensors(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -565,6 +559,37 @@ def _check_rho(rho: Any, what: str) -> None:
     pair = rho if isinstance(rho, (tuple, list)) else (rho, rho)
     if len(pair) != 2 or not all(isinstance(r, (int, float)) and 0.0 <= r < math.inf for r in pair):
         raise ValueError(f"Invalid {what}: {rho} (expected a finite number >= 0, or a pair (shared, task) of them)")
+
+
+def _check_nothing_of_ours(optimizer: Optimizer) -> None:
+    """Raises where the optimizer is a FlatMTL, or a framework's wrapper around one; or where it has a rho itself."""
+    inner: Any = optimizer
+    while isinstance(inner, Optimizer):
+        if isinstance(inner, FlatMTL):
+            what = "is" if inner is optimizer else f"is a {type(optimizer).__name__} around"
+            raise TypeError(f"optimizer {what} a FlatMTL already: give that one the options, or wrap its `optimizer`")
+        makers = [vars(cls)["__init__"] for cls in type(inner).__mro__ if "__init__" in vars(cls)]
+        if "rho" in getattr(inner, "defaults", ()) and any(
+            "rho" in inspect.signature(make).parameters for make in makers
+        ):
+            raise TypeError(
+                f"{type(inner).__name__} cannot be wrapped: it has a rho of its own in its param groups, where FlatMTL keeps "
+                "the radius of the perturbation"
+            )
+        inner = getattr(inner, "optimizer", None)
+
+
+def _groups_without_rho(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The param groups that FlatMTL's rho is for: those that have none, or the one that an earlier FlatMTL around this
+    optimizer gave them, which is in the defaults. Changes nothing."""
+    left = optimizer.defaults.get("rho")
+    groups = []
+    for group in optimizer.param_groups:
+        if "rho" not in group or (left is not None and group["rho"] == left):
+            groups.append(group)
+        else:
+            _check_rho(group["rho"], "rho of a param group")
+    return groups
 
 
 def _check_duplicates(groups: Iterable[dict[str, Any]], first: int = 0) -> None:

@@ -275,7 +275,7 @@ def test_checkpoints_resume_bit_for_bit(name: str) -> None:
     assert equal(values(model), values(resumed))
     if name not in ("graddrop", "sdmgrad"):
         loaded["optimizer"]["flatmtl"]["states"]["aggregator"]["loss"]["buffers"]["0"] = [torch.zeros(2)] * 3
-        with pytest.raises(ValueError, match="do not fit parameter 0"):
+        with pytest.raises(ValueError, match=r"'buffers'\[.0.\]\[0\] is a float32 tensor of shape \(2,\)"):
             again.load_state_dict(loaded["optimizer"])
 
 

@@ -71,9 +71,12 @@ class Oracle:
         return torch.where(self.shared, out, (g + f).sum(0))
 
 
-def run(oracle: Oracle, mode: Any, **options: Any) -> tuple[list[Tensor], flatmtl.FlatMTL]:
+def run(
+    oracle: Oracle, mode: Any, shared: Callable[[TwoHeads], Any] | None = None, **options: Any
+) -> tuple[list[Tensor], flatmtl.FlatMTL]:
     """Parameters after every step of the optimizer, on the oracle's batches."""
     model = two_heads(tasks=oracle.tasks)
+    options["shared"] = None if shared is None else shared(model)
     optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), flat=mode, rho=RHO, **options)
     points = []
     for k in range(STEPS):
@@ -169,6 +172,29 @@ def test_against_vectors_by_hand(mode: str, norm: str, combine: str, aggregator:
         oracle.theta = oracle.theta - LR * oracle.update(g, f, aggregator, combine)
         torch.testing.assert_close(point, oracle.theta, rtol=1e-9, atol=1e-11)
         oracle.theta = point  # differences must not grow through the steps
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "mgda"])
+@pytest.mark.parametrize("weighting", [None, flatmtl.FixedWeights([0.5, 2.0, 1.5])])
+@pytest.mark.parametrize("mode", ["gsam", "looksam"])
+def test_own_parameters_that_several_losses_reach(mode: str, weighting: Any, aggregator: str) -> None:
+    """With shared= the trunk's bias is own, and all tasks reach it: the products of their gradients count in the sums."""
+    option, flat = MODES[mode]
+    oracle, state = Oracle(tasks=3), {}
+    oracle.shared[40:48] = False
+    c = torch.ones(3, 1).double() if weighting is None else torch.tensor(weighting.values)[:, None].double()
+    points, _ = run(
+        oracle, option, lambda m: [m.trunk[0].weight], norm="joint", aggregator=aggregator, weighting=weighting
+    )
+    rows = oracle.rows
+    oracle.rows = lambda theta: c * rows(theta)  # type: ignore[method-assign]
+    for k, point in enumerate(points):
+        oracle.k = k
+        g = oracle.rows(oracle.theta)
+        f = flat(oracle, g, state, "joint")
+        oracle.theta = oracle.theta - LR * oracle.update(g, f, aggregator, "decomposed")
+        torch.testing.assert_close(point, oracle.theta, rtol=1e-9, atol=1e-11)
+        oracle.theta = point
 
 
 def test_asam_is_adaptive_sam() -> None:
@@ -535,6 +561,6 @@ def test_options_and_errors() -> None:
         other.load_state_dict(one.state_dict())
     broken = one.state_dict()
     broken["flatmtl"]["states"]["flat"]["orthogonal"][0][0] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"task 0 and parameter 0 with shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"'orthogonal'\[0\]\[0\] is a float32 tensor of shape \(3,\)"):
         one.load_state_dict(broken)
     assert same(before, other.state_dict())

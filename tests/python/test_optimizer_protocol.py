@@ -220,10 +220,58 @@ def test_bad_optimizers() -> None:
     model = two_heads()
     with pytest.raises(TypeError, match="LBFGS"):
         flatmtl.FlatMTL(torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(TypeError, match="already"):
-        flatmtl.FlatMTL(make(model))
     with pytest.raises(TypeError, match=r"torch\.optim\.Optimizer"):
         flatmtl.FlatMTL(model.parameters())  # type: ignore[arg-type]
+
+
+def test_wrapping_again_takes_the_new_rho_where_the_user_gave_none() -> None:
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    inner = SGD([{"params": [a]}, {"params": [b], "rho": 0.7}], lr=0.1)
+    flatmtl.FlatMTL(inner, rho=0.1)
+    inner.add_param_group({"params": [c]})
+    assert [group["rho"] for group in inner.param_groups] == [0.1, 0.7, 0.1]
+    second = flatmtl.FlatMTL(inner, rho=(0.3, 0.2))
+    assert [group["rho"] for group in inner.param_groups] == [(0.3, 0.2), 0.7, (0.3, 0.2)]
+    inner.param_groups[0]["rho"] = 0.9  # by hand: the user's from now on
+    flatmtl.FlatMTL(pickle.loads(pickle.dumps(second)).optimizer, rho=0.5)
+    third = flatmtl.FlatMTL(copy.deepcopy(inner), rho=0.5)
+    assert [group["rho"] for group in third.param_groups] == [0.9, 0.7, 0.5]
+    inner.param_groups[1]["rho"] = -1
+    with pytest.raises(ValueError, match="Invalid rho of a param group: -1"):
+        flatmtl.FlatMTL(inner, rho=0.5)
+    assert [group["rho"] for group in inner.param_groups] == [0.9, -1, (0.3, 0.2)]
+    assert inner.defaults["rho"] == (0.3, 0.2)
+
+
+def test_optimizers_with_a_rho_of_their_own_are_refused() -> None:
+    """Adadelta's is a decay; it was taken for the radius."""
+
+    class Derived(torch.optim.Adadelta):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)  # type: ignore[arg-type]
+
+    for cls in (torch.optim.Adadelta, Derived):
+        inner = cls(two_heads().parameters())
+        with pytest.raises(TypeError, match=f"{cls.__name__} cannot be wrapped: it has a rho of its own"):
+            flatmtl.FlatMTL(inner)
+        assert inner.param_groups[0]["rho"] == 0.9
+
+
+class Framework(torch.optim.Optimizer):
+    """A wrapper as frameworks have them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_nested_wraps_are_refused() -> None:
+    optimizer = make(two_heads())
+    with pytest.raises(
+        TypeError, match="optimizer is a FlatMTL already: give that one the options, or wrap its `optimizer`"
+    ):
+        flatmtl.FlatMTL(optimizer)
+    with pytest.raises(TypeError, match="optimizer is a Framework around a FlatMTL already"):
+        flatmtl.FlatMTL(Framework(optimizer))
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,12 +60,21 @@ class Flatness:
         """Called last: writes what the mode's state becomes to `step.new_states["flat"]`. May use up the gradients."""
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
-        """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""
+        """Raises ValueError, which names the entry, where a loaded state does not fit the number of tasks or the
+        parameters, or lacks something."""
+
+    @property
+    def _what(self) -> str:
+        """The mode's state, for messages."""
+        return f"state of the flatness mode {self.name!r}"
 
 
 def sums(step: Step, pair: Tensor) -> tuple[float, float, float]:
     """<g, g>, <g, f>, <f, f> of the sums g and f over the present tasks, shared and own parameters together."""
     count = len(step.present)
+    common = _common_products(step)
+    if common is not None:
+        pair = pair + common
     gg = float(pair[:count, :count].sum())
     gf = float(pair[:count, count:].sum())
     ff = float(pair[count:, count:].sum())
@@ -72,6 +82,21 @@ def sums(step: Step, pair: Tensor) -> tuple[float, float, float]:
         own = own_products(step, i)
         gg, gf, ff = gg + own[0], gf + own[1], ff + own[2]
     return gg, gf, ff
+
+
+def _common_products(step: Step) -> Tensor | None:
+    """Gramian of (h, t - h) between different tasks, (2K, 2K), of the own parameters that several losses reach, which
+    there are with `shared=` only; None without."""
+    present, count = step.present, len(step.present)
+    reached = Counter(i for state in present for i in state.own)
+    common = sorted(i for i, times in reached.items() if times > 1)
+    if not common:
+        return None
+    rows = [step.point.row(state.grads, common) for state in present]
+    perturbed = [step.point.row(state.perturbed, common) for state in present]
+    c = torch.tensor([step.factor(i) for i in range(count)], dtype=torch.float64).repeat(2) / step.loss_scale
+    between = 1.0 - torch.eye(count, dtype=torch.float64).repeat(2, 2)
+    return step.arithmetic.gramian_pair(rows, perturbed, common) * torch.outer(c, c) * between
 
 
 def own_products(step: Step, i: int) -> tuple[float, float, float]:
@@ -109,18 +134,3 @@ def recalled(step: Step, row: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [
         None if x is None else x.to(p.tensor.device, p.tensor.dtype) for x, p in zip(found, step.params, strict=True)
     ]
-
-
-def check_rows(mode: str, rows: Sequence[Sequence[Tensor | None]], num_tasks: int, params: Sequence[Tensor]) -> None:
-    """Whether the rows of a loaded state are one a task, each with one tensor (or None) a parameter."""
-    if len(rows) != num_tasks:
-        raise ValueError(f"state_dict holds {mode}'s gradients of {len(rows)} tasks, but there are {num_tasks}")
-    for k, row in enumerate(rows):
-        if len(row) > len(params):
-            raise ValueError(f"state_dict holds {mode}'s gradients of {len(row)} parameters, not {len(params)}")
-        for i, (value, p) in enumerate(zip(row, params, strict=False)):
-            if value is not None and value.shape != p.shape:
-                raise ValueError(
-                    f"state_dict holds {mode}'s gradient of task {k} and parameter {i} with shape "
-                    f"{tuple(value.shape)}, but the parameter has {tuple(p.shape)}"
-                )

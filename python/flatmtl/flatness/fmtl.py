@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._base import Flatness, check_rows, minus, own_products, recalled, stored
+from .. import _state
+from ._base import Flatness, minus, own_products, recalled, stored
 
 if TYPE_CHECKING:
     from .._step import Step
@@ -92,7 +93,10 @@ class FMTL(Flatness):
         step.new_states["flat"] = new
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
-        check_rows(self.name, state["orthogonal"], num_tasks, params)
+        _state.one_a_task(state, "age", self._what, num_tasks, integers=True)
+        _state.rows(state, "orthogonal", self._what, num_tasks, params)
+        _state.one_a_task(state, "norm", self._what, num_tasks)
+        _state.one_a_task(state, "orthogonal_norm", self._what, num_tasks)
 
 
 def check_every(name: str, every: Any) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._base import Flatness, check_rows, minus, recalled, stored, sums
+from .. import _state
+from ._base import Flatness, minus, recalled, stored, sums
 from .fmtl import check_every, reuse, unscaled
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ class FSAM(SAM):
         return direction
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
-        check_rows(self.name, [state["mean"]], 1, params)
+        _state.row(_state.entry(state, "mean", self._what), f"{self._what}: 'mean'", params)
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,9 @@ class LookSAM(SAM):
         step.new_states["flat"] = {"name": self.name, "age": 1, "orthogonal": orthogonal, "orthogonal_norm": norm}
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
-        check_rows(self.name, state["orthogonal"], num_tasks, params)
+        _state.integer(state, "age", self._what)
+        _state.rows(state, "orthogonal", self._what, num_tasks, params)
+        _state.number(state, "orthogonal_norm", self._what)
 
 
 def _check_number(mode: str, name: str, value: float) -> None:
