@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <string>
 #include <vector>
@@ -70,12 +71,18 @@ struct World {
   flatmtl_rows own_row(size_t i) const { return {FLATMTL_F32, 1, 1, own_rows.lengths.data(), &own_rows.pointers[i]}; }
 };
 
+// The dtype may be none, which C++ must not load as one.
 inline flatmtl_vector as_vector(const flatmtl_rows &rows) {
-  return {rows.dtype, rows.num_segments, rows.lengths, const_cast<void *const *>(rows.data)};
+  flatmtl_vector vector = {FLATMTL_F32, rows.num_segments, rows.lengths, const_cast<void *const *>(rows.data)};
+  std::memcpy(&vector.dtype, &rows.dtype, sizeof rows.dtype);
+  return vector;
 }
 
 inline flatmtl_buffers as_buffers(const flatmtl_rows &rows) {
-  return {rows.dtype, rows.num_rows, rows.num_segments, rows.lengths, const_cast<void *const *>(rows.data)};
+  flatmtl_buffers buffers = {FLATMTL_F32, rows.num_rows, rows.num_segments, rows.lengths,
+                             const_cast<void *const *>(rows.data)};
+  std::memcpy(&buffers.dtype, &rows.dtype, sizeof rows.dtype);
+  return buffers;
 }
 
 // A wrong call: its status, and the argument that it names.
