@@ -15,17 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ops = torch.ops.flatmtl
+GRADVAC = 9
 AGGREGATORS = (
-    "sum",
-    "mean",
-    "mgda",
-    "pcgrad",
-    "cagrad",
-    "imtl_g",
-    "nash_mtl",
-    "fairgrad",
-    flatmtl.Fixed([1.0, 2.0, 0.5]),
-)
+    "sum", "mean", "mgda", "pcgrad", "cagrad", "imtl_g", "nash_mtl", "fairgrad", flatmtl.Fixed([1.0, 2.0, 0.5]),
+    "gradvac", "aligned_mtl", "upgrad", "dualproj", "config", "ntkmtl", "graddrop", "moco", "db_mtl", "excess_mtl",
+)  # fmt: skip
+WEIGHTINGS = (
+    "uw", "dwa", "rlw", "si", "gls", "stch", "imtl_l", "famo", "gradnorm", "go4align", "slaw", "bmtl", "emtl",
+)  # fmt: skip
 
 
 def steps(aggregator: object, dtype: torch.dtype, **options: object) -> None:
@@ -58,8 +55,13 @@ def every_op(dtype: torch.dtype) -> None:
         pair = ops.gramian_pair(g, s, tasks)
         gramian = ops.gramian(s, tasks)
         ops.sq_norms(g, tasks, row, 0.1)
-        for method in range(9):
+        state = torch.zeros(4 * tasks * tasks + 16, dtype=torch.float64)
+        for method in range(15):
             options = [1.0] * tasks if method == 2 else []
+            if method == GRADVAC:
+                ops.weights_(gramian, method, options, state[: tasks * tasks])
+                ops.step_weights_(pair, gramian, method, options, 0, 1, state[: 2 * tasks * tasks])
+                continue
             ops.weights(gramian, method, options)
             for combine in range(4):
                 a, b, _ = ops.step_weights(pair, gramian, method, options, combine, 1)
@@ -74,6 +76,24 @@ def every_op(dtype: torch.dtype) -> None:
         ops.aggregate(g, tasks, 3, [])
 
 
+def every_buffer_op(dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for tasks in (1, 2, 5):
+        g, s = rows(dtype, tasks), rows(dtype, tasks)
+        out = [torch.empty_like(t) for t in g[: len(g) // tasks]]
+        memory = [torch.zeros_like(t, dtype=wide) for t in g]
+        one = torch.ones(tasks, dtype=torch.float64)
+        for perturbed in ([], s):
+            ops.moving_average_(memory, g, perturbed, tasks, one, one, one * 0.5)
+            ops.excess_(memory, g, perturbed, tasks, one, one)
+            ops.cross_gramian(g, perturbed, s, perturbed, tasks, one, one)
+            ops.graddrop_(out, g, perturbed, tasks, one, one, one * 0.5, 1, 2, 3, 4)
+        ops.combine_buffers_(out, memory, tasks, one)
+        for method, vectors in enumerate((0, 2, 1, 3)):
+            state = torch.zeros(vectors * tasks, dtype=torch.float64)
+            ops.buffer_update(g, tasks, one, method, [], 0, memory if method else [], state)
+
+
 def errors() -> None:
     good, bad = [torch.ones(3), torch.ones(2)], [torch.ones(3), torch.ones(4)]
     for call in (
@@ -84,6 +104,8 @@ def errors() -> None:
         lambda: ops.weights(torch.full((2, 2), torch.nan).double(), 3, []),
         lambda: ops.weights(torch.eye(2).double(), 99, []),
         lambda: ops.aggregate([torch.ones(2) * torch.inf], 1, 3, []),
+        lambda: ops.combine_buffers_(good, bad, 1, torch.ones(1).double()),
+        lambda: ops.loss_weights(torch.zeros(2).double(), None, 4, [], torch.zeros(0).double()),
     ):
         with contextlib.suppress(RuntimeError):
             call()
@@ -113,9 +135,12 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             every_op(dtype)
+            every_buffer_op(dtype)
         errors()
         for aggregator in AGGREGATORS:
             steps(aggregator, torch.float32)
+        for weighting in WEIGHTINGS:
+            steps("sum", torch.float32, weighting=weighting)
         for combine in ("direct", "second", "each"):
             steps("cagrad", torch.float64, combine=combine, adaptive=True, norm="joint")
         scripted()

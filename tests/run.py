@@ -24,6 +24,8 @@ C_DIRECTORIES = ["csrc", "shim", "tests", "examples"]
 JOBS = str(os.cpu_count() or 1)
 ASAN = "detect_stack_use_after_return=1:strict_string_checks=1"
 UBSAN = "print_stacktrace=1"
+# torch, which is not built for it, is left out with the C library that it calls.
+TSAN = "halt_on_error=1:ignore_noninstrumented_modules=1"
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -85,7 +87,7 @@ def c_sanitizers() -> None:
 
 def c_threads() -> None:
     build = cmake_build("threads", "-DFLATMTL_SANITIZE=thread", target="flatmtl_tests")
-    ctest(build, TSAN_OPTIONS="halt_on_error=1")
+    ctest(build, TSAN_OPTIONS=TSAN)
 
 
 def c_valgrind() -> None:
@@ -144,17 +146,43 @@ def cpp_tests() -> None:
     )
 
 
-def cpp_sanitized(kind: str, sanitizers: str) -> Path:
-    """The tests of the C++ optimizer and the C library under sanitizers; torch itself is as it is."""
-    option = f"-DFLATMTL_SANITIZE={sanitizers}"
-    library = cmake_build(f"{kind}-library", "-DFLATMTL_BUILD_TESTS=OFF", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", option)
+def sanitized_library(kind: str, sanitizers: str) -> Path:
+    """The prefix of the C library under sanitizers, with the headers of the C++ optimizer."""
+    options = ["-DCMAKE_BUILD_TYPE=RelWithDebInfo", f"-DFLATMTL_SANITIZE={sanitizers}"]
+    library = cmake_build(f"{kind}-library", "-DFLATMTL_BUILD_TESTS=OFF", *options)
     prefix = BUILD / f"{kind}-installed"
     run("cmake", "--install", library, "--prefix", prefix)
-    return cpp_build(f"{kind}-cpp", str(prefix), option) / "flatmtl_cpp_tests"
+    return prefix
+
+
+def cpp_sanitized(kind: str, sanitizers: str) -> Path:
+    """The tests of the C++ optimizer and the C library under sanitizers; torch itself is as it is."""
+    prefix = sanitized_library(kind, sanitizers)
+    return cpp_build(f"{kind}-cpp", str(prefix), f"-DFLATMTL_SANITIZE={sanitizers}") / "flatmtl_cpp_tests"
 
 
 def cpp_sanitizers() -> None:
     run(cpp_sanitized("sanitize", "address,undefined"), ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
+
+
+def cpp_threads() -> None:
+    run(cpp_sanitized("threads", "thread"), TSAN_OPTIONS=TSAN, OMP_NUM_THREADS="4")
+
+
+def example_sanitized(kind: str, sanitizers: str, threads: int, **environment: str) -> None:
+    """examples/deploy: trained in Python, fine-tuned by a program under sanitizers, compared in Python."""
+    build, folder = BUILD / f"{kind}-example", BUILD / f"{kind}-example/model"
+    prefixes = f"-DCMAKE_PREFIX_PATH={sanitized_library(kind, sanitizers)};{torch_prefix()}"
+    flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
+    run("cmake", "-S", "examples/deploy", "-B", build, prefixes, f"-DCMAKE_CXX_FLAGS={flags}")
+    run("cmake", "--build", build)
+    python("examples/deploy/train.py", folder, "1")
+    run(build / "finetune", folder, str(threads), OMP_NUM_THREADS=str(threads), **environment)
+    python("examples/deploy/check.py", folder)
+
+
+def example_threads() -> None:
+    example_sanitized("threads", "thread", 4, TSAN_OPTIONS=TSAN)
 
 
 def c_fuzz() -> None:
@@ -201,7 +229,8 @@ def pytest_long() -> None:
 
 SHORT = [lint, c_tests, c_sanitizers, python_address, wheel, cpp_tests, pytest]
 LONG = [
-    lint, c_tests, c_sanitizers, c_threads, c_valgrind, c_fuzz, python_sanitizers, wheel, cpp_tests, cpp_sanitizers, pytest_long,
+    lint, c_tests, c_sanitizers, c_threads, c_valgrind, c_fuzz, python_sanitizers, wheel, cpp_tests, cpp_sanitizers,
+    cpp_threads, example_threads, pytest_long,
 ]  # fmt: skip
 
 
@@ -238,7 +267,7 @@ def main() -> int:
             print(f"{check.__name__}: {error}", file=sys.stderr, flush=True)
             result = "FAILED"
             failed.append(check.__name__)
-        lines.append(f"{check.__name__:<14} {result:<6} {time.monotonic() - start:6.0f} s")
+        lines.append(f"{check.__name__:<18} {result:<6} {time.monotonic() - start:6.0f} s")
     print("\n" + "\n".join(lines))
     print(f"checks: {len(chosen) - len(failed)} passed, {len(failed)} failed", flush=True)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-// Optimizers of their own in threads of their own.
+// Optimizers of their own in threads of their own, and one whose passes share the threads of torch's pool.
 #include <thread>
 
 #include "support.h"
@@ -23,6 +23,24 @@ Tensors train_alone(uint64_t seed) {
   return {trunk, a, b};
 }
 
+// Enough elements for every pass to be cut into pieces for torch's pool. Gradients are element by element: torch's own
+// sums may depend on the number of threads.
+Tensors train_with(int threads) {
+  const int before = at::get_num_threads();
+  at::set_num_threads(threads);
+  at::Generator g = at::detail::createCPUGenerator(7);
+  const Tensor theta = torch::randn({500, 400}, g).requires_grad_(), c = torch::randn({500, 400}, g);
+  const Tensor a = torch::randn({100'000}, g).requires_grad_(), b = torch::randn({3}, g).requires_grad_();
+  torch::optim::SGD sgd({theta, a, b}, sgd_options());
+  flatmtl::FlatMTL optimizer(sgd, flatmtl::FlatMTLOptions().adaptive(true));
+  for (int i = 0; i < 3; ++i)
+    optimizer.step([&] {
+      return Tensors{theta.square().sum() + a.square().sum(), (theta - c).square().sum() + b.square().sum()};
+    });
+  at::set_num_threads(before);
+  return {theta, a, b};
+}
+
 }  // namespace
 
 TEST_CASE("Four threads train what one trains", "[threads]") {
@@ -32,4 +50,9 @@ TEST_CASE("Four threads train what one trains", "[threads]") {
   for (size_t i = 0; i < 4; ++i) threads.emplace_back([&found, i] { found[i] = train_alone(i); });
   for (auto &thread : threads) thread.join();
   for (size_t i = 0; i < 4; ++i) CHECK(same_bits(found[i], expected[i]));
+}
+
+TEST_CASE("The threads of torch's pool give the bits of one thread", "[threads]") {
+  const Tensors expected = train_with(1);
+  for (int threads : {2, 4}) CHECK(same_bits(train_with(threads), expected));
 }

@@ -17,6 +17,21 @@
 
 #include "errors.h"
 
+// ThreadSanitizer does not see fork and join of torch's pool, which is not built for it: this says so.
+#if defined(__SANITIZE_THREAD__)
+#define FLATMTL_TSAN(call) call
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define FLATMTL_TSAN(call) call
+#endif
+#endif
+#ifdef FLATMTL_TSAN
+extern "C" void __tsan_acquire(void *address);
+extern "C" void __tsan_release(void *address);
+#else
+#define FLATMTL_TSAN(call) static_cast<void>(0)
+#endif
+
 namespace flatmtl {
 namespace detail {
 
@@ -106,8 +121,10 @@ class Context {
 
   // torch_parallel_for may cut ranges below its grain; whole grains are handed out instead, as the C core asks.
   static void run_grains(int64_t first, int64_t last, void *context) {
-    const Call *call = static_cast<const Call *>(context);
+    Call *call = static_cast<Call *>(context);
+    FLATMTL_TSAN(__tsan_acquire(&call->begin));
     call->fn(call->begin + first * call->grain, std::min(call->end, call->begin + last * call->grain), call->context);
+    FLATMTL_TSAN(__tsan_release(&call->fn));  // another address: no worker waits for another
   }
 
   // torch's parallel_for inside its library: the template in its headers is serial where OpenMP is off in this build.
@@ -116,7 +133,9 @@ class Context {
     grain = std::max<int64_t>(grain, 1);
     Call call{begin, end, grain, fn, context};
     const int64_t grains = (end - begin - 1) / grain + 1;
+    FLATMTL_TSAN(__tsan_release(&call.begin));
     if (torch_parallel_for(0, grains, 1, run_grains, &call) != 0) *static_cast<bool *>(host) = true;
+    FLATMTL_TSAN(__tsan_acquire(&call.fn));
   }
 
   struct Free {
