@@ -65,7 +65,7 @@ def test_the_defect_is_still_there_and_named():
 def test_method_numbers():
     for name, number in _ops.METHODS.items():
         assert flatmtl.script.method_number(name) == number
-    with pytest.raises(RuntimeError, match="no aggregator nope; known: sum"):
+    with pytest.raises(RuntimeError, match=r"there is no aggregator 'nope'\. Known: 'sum', 'mean'"):
         flatmtl.script.method_number("nope")
 
 

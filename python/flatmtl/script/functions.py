@@ -79,7 +79,7 @@ def buffer_method_number(method: str) -> int:
     for number, name in enumerate(names):
         if name == method:
             return number
-    raise RuntimeError("flatmtl.script: there is no buffer method " + method + "; known: " + ", ".join(names))
+    raise RuntimeError(f"flatmtl.script: there is no buffer method '{method}'. Known: '" + "', '".join(names) + "'")
 
 
 def loss_weights(
@@ -116,7 +116,7 @@ def weighting_number(weighting: str) -> int:
     for number, name in enumerate(names):
         if name == weighting:
             return number
-    raise RuntimeError("flatmtl.script: there is no weighting " + weighting + "; known: " + ", ".join(names))
+    raise RuntimeError(f"flatmtl.script: there is no weighting '{weighting}'. Known: '" + "', '".join(names) + "'")
 
 
 def gradients(losses: list[Tensor], params: list[Tensor]) -> list[list[Tensor | None]]:
@@ -140,7 +140,7 @@ def method_number(method: str) -> int:
     for number, name in enumerate(names):
         if name == method:
             return number
-    raise RuntimeError("flatmtl.script: there is no aggregator " + method + "; known: " + ", ".join(names))
+    raise RuntimeError(f"flatmtl.script: there is no aggregator '{method}'. Known: '" + "', '".join(names) + "'")
 
 
 def _flat(rows: list[list[Tensor]]) -> list[Tensor]:
