@@ -56,6 +56,7 @@ class Passes:
         self.sum: list[Tensor | None] | None = None
         self.check_graph = check_graph
         self.features = features
+        self._narrow_at_once = False
         self.stop_at_features = False  # whether gradients stop there; then found in `at_features`, with the graph
         self.at_features: FeatureGradients | None = None
         self._first: Pass | None = None
@@ -77,16 +78,24 @@ class Passes:
         """
         self.sync.enter(len(self.arguments))
         parts, sums = [], []
+        self._narrow_at_once = self._is_final(micro) and not summed
         for m in micro:
             sum_of_tasks = TaskState("sum of the losses", -1) if summed else None
             parts.append(self._unperturbed(m, sum_of_tasks))
             sums.append([sum_of_tasks])
         states = TaskState.mean(parts)
         total = TaskState.mean(sums)[0] if summed else None  # type: ignore[arg-type]
+        del parts, sums
         self.point.check_unchanged()
         states = self.sync.unperturbed(states, total, len(self.arguments))
         self.sum = None if total is None else total.grads
+        for row in [*(state.grads for state in states), self.sum or []]:
+            self.point.narrow_(row)
         return states
+
+    def _is_final(self, micro: Sequence[int]) -> bool:
+        """Whether no mean is taken of what one backward gives, so that it can be rounded at once."""
+        return len(micro) == 1 and type(self.sync) is Alone
 
     def _unperturbed(self, m: int, total: TaskState | None) -> list[TaskState]:
         if _losses.is_per_task(self.closure):
@@ -173,6 +182,8 @@ class Passes:
                 state.grads = self.at_features.differentiate(loss, state)
             else:
                 state.grads = self.at_features.differentiate_all(loss, state, retain_graph=not last)
+                if self._narrow_at_once:
+                    self.point.narrow_(state.grads)
 
     def losses(self) -> Any:
         """The unperturbed losses, detached, in the container that the closure returned; means over micro-batches."""
@@ -187,6 +198,7 @@ class Passes:
         One closure for all tasks is called once a micro-batch, whatever the number of states.
         """
         self.sync.enter(len(self.arguments), perturbed=True)
+        self._narrow_at_once = self._is_final(micro)
         self._accept_perturbed([self._perturbed(m, {s.index: s for s in states}) for m in micro], states)
 
     def perturbed_together(
@@ -194,11 +206,14 @@ class Passes:
     ) -> None:
         """As `perturbed`, every task at a point of its own, in one forward and one backward a micro-batch: for the k-th
         state parameter i is `stacks[i][k]`."""
+        self._narrow_at_once = self._is_final(micro)
         self._accept_perturbed([self._perturbed_together(m, states, stacks) for m in micro], states)
 
-    def _accept_perturbed(self, parts: Sequence[list[TaskState]], states: Sequence[TaskState]) -> None:
+    def _accept_perturbed(self, parts: list[list[TaskState]], states: Sequence[TaskState]) -> None:
         self.point.check_unchanged()
-        for state, mean in zip(states, TaskState.mean(parts), strict=True):
+        means = TaskState.mean(parts)
+        parts.clear()  # and `mean.grads` below: so that narrowing frees what is wide
+        for state, mean in zip(states, means, strict=True):
             state.perturbed_loss = mean.loss
             state.perturbed = [None] * len(self.point.tensors)
             for i in state.reached:
@@ -206,7 +221,11 @@ class Passes:
                 if g is None and not self.stop_at_features:
                     g = torch.zeros_like(self.point.tensors[i])
                 state.perturbed[i] = g
+                del g
+            mean.grads = []
         self.sync.perturbed(states)
+        for state in states:
+            self.point.narrow_(state.perturbed)
         check_losses([(s.task, s.perturbed_loss) for s in states if s.perturbed_loss is not None], "perturbed")
         for state in states:
             square = self.point.arithmetic.sq_norm(self.point.row(state.perturbed, state.own), state.own)
@@ -252,19 +271,22 @@ class Passes:
         with self.interrupt.window():
             grads = torch.autograd.grad(table, leaves, torch.full_like(table, self.loss_scale), allow_unused=True)
         gradients = dict(zip(stacks, grads, strict=True))
+        del grads
         for row, k in enumerate(at):
-            state = found[states[k].index]
-            state.loss = table[row].detach()
-            state.grads = [None] * len(self.point.tensors)
-            for i in states[k].reached:
-                g = gradients[i]
+            found[states[k].index].loss = table[row].detach()
+            found[states[k].index].grads = [None] * len(self.point.tensors)
+        for i in stacks:
+            g = gradients.pop(i)
+            for row, k in enumerate(at):
+                if i not in states[k].reached:
+                    continue
                 if g is None:
                     raise RuntimeError(
                         f"batched='passes': the perturbed value of parameter {self.point.params[i].name} did not come "
                         "to the closure, which evaluates it where torch.overrides does not reach (TorchScript, a "
                         "torch.autograd.Function, compiled code)"
                     )
-                state.grads[i] = self.point.fitted(i, g[row])
+                found[states[k].index].grads[i] = self.point.fitted(i, g[row], self._narrow_at_once)
         return list(found.values())
 
     def _checked_call(self, forward: Forward) -> Any:
@@ -345,8 +367,9 @@ class Passes:
         leaves = [self.point.leaves[i] for i in indices]
         take = _sharded.gradients if self.point.sharded else _losses.gradients
         with self.interrupt.window():
-            grads = take(losses, leaves, self.loss_scale, retain_graph)
-        return [None if g is None else self.point.fitted(i, g) for g, i in zip(grads, indices, strict=True)]
+            grads = list(take(losses, leaves, self.loss_scale, retain_graph))
+        self._fit_([grads], indices)
+        return grads
 
     def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:
         """The gradients of every loss by one batched backward; empty where that is not asked for."""
@@ -354,6 +377,13 @@ class Passes:
             return []
         with self.interrupt.window():
             rows = _losses.gradients_of_each(losses, [self.point.tensors[i] for i in indices], self.loss_scale)
-        return [
-            [None if g is None else self.point.fitted(i, g) for g, i in zip(row, indices, strict=True)] for row in rows
-        ]
+        self._fit_(rows, indices)
+        return rows
+
+    def _fit_(self, rows: Sequence[list[Tensor | None]], indices: Sequence[int]) -> None:
+        """Gradients as a step keeps them, parameter by parameter, so that what they replace is freed on the way."""
+        for k, i in enumerate(indices):
+            for row in rows:
+                if (g := row[k]) is not None:
+                    row[k] = self.point.fitted(i, g, self._narrow_at_once)
+                del g

@@ -53,6 +53,7 @@ class Settings:
     replay_rng: bool
     seed: int
     accumulate: str = "auto"
+    rows_dtype: torch.dtype | None = None
 
 
 class Step:
@@ -73,7 +74,7 @@ class Step:
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
         self.buffers, self.interrupt = buffers, interrupt
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
-        self.point = Point(params, self.sync)
+        self.point = Point(params, self.sync, settings.rows_dtype)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine) and not settings.weighting
         self.summed = self.summed and not self.point.sharded  # FSDP hides which parameters a graph reaches
         self.buffered = isinstance(settings.aggregator, BufferAggregator)
@@ -128,13 +129,20 @@ class Step:
                 f"step(closure, batches=...), but got {count if batches is not None else 'none'}"
             )
         one_by_one = (self.settings.m_sharpness and self.flat and count > 1) or wanted > 1
+        self.point.keep_wide = one_by_one or self.sync.local  # means are still to be taken
         parts = []
         for micro in [[m] for m in range(count)] if one_by_one else [list(range(count))]:
             parts.append(self._gradients(micro))
         self.parts = parts if wanted else []
         if len(parts) > 1 or self.sync.local:
-            self.tasks = self.sync.both(TaskState.mean(parts), self.summed)
+            means = TaskState.mean(parts)
+            del parts
+            self.tasks = self.sync.both(means, self.summed)
             self.losses = self.sync.container(self.passes.losses(), self.tasks)
+            self.point.keep_wide = False
+            for state in [*self.tasks, *(state for part in self.parts for state in part)]:
+                self.point.narrow_(state.grads)
+                self.point.narrow_(state.perturbed)
             self._find_roles()
             self._measure()
         if not self.featured:
@@ -393,7 +401,7 @@ class Step:
             factors = zip(*(x.tolist() for x in own_factors), strict=True)
             for state, (p, q, c) in zip(self.present, factors, strict=True):
                 for i in state.own:
-                    gradient = self._own_update(state, i, p, q)
+                    gradient = self.point.wide(i, self._own_update(state, i, p, q))
                     if c != 1.0:
                         gradient = gradient * c
                     if self.update[i] is None:
@@ -410,7 +418,7 @@ class Step:
                 return t
         h = state.grads[i]
         assert h is not None
-        return h * (1.0 + p - q) + t * q if self.flat else h
+        return self.point.wide(i, h) * (1.0 + p - q) + self.point.wide(i, t) * q if self.flat else h
 
     # -- undoing ---------------------------------------------------------------------------------------------------
 

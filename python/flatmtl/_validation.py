@@ -105,7 +105,7 @@ class SampleWeights:
             with step.interrupt.window(), torch.enable_grad(), step.buffers.watching():
                 values = [v for v in _values(self._losses()) if v is not None]
                 mean = torch.stack([v.mean() for v in values]).sum()
-                ahead = torch.autograd.grad(mean, tensors, allow_unused=True)
+                ahead = torch.autograd.grad(mean, tensors, materialize_grads=True)
             start.restore()
             scales = [-_lr(step, self.lr, i) for i in indices]
             step.point.move(Move(indices, step.point.row(list(ahead), indices), scales))

@@ -103,6 +103,12 @@ class FlatMTL(Optimizer):
             None for every parameter, and ``last["skipped"]`` is True.
         seed: seed of the methods that draw (PCGrad's order); with the number of the step it fixes the draws.
         accumulate: how the Gramians are summed, as for :func:`flatmtl.gramian`: ``"auto"`` or ``"f64"``.
+        rows_dtype: ``torch.bfloat16`` keeps the gradients of float32 parameters in bfloat16 within a step, half of the
+            memory. Each is rounded once, after means over micro-batches and ranks, and all that follows, norms too, is
+            computed from the rounded one. A gradient is then off by about 2^-9 of its norm ||g||, and a flat gradient
+            s - g by as much of ||g||, however small it is itself. Parameters of other dtypes keep their rows, and
+            ``.grad`` has the parameter's dtype. Not with ``features=`` (but with ``flat="mtcool"``). None: every row
+            in the dtype of its parameter.
         sync: how the ranks of a data-parallel training work together (docs/distributed.md). ``"exact"``: every rank
             perturbs with the mean gradient of all, as one process with the whole batch would; ``"local"``: each along
             its own gradient, and both families are averaged (m-sharpness). ``"auto"`` is "exact" where the model is
@@ -139,6 +145,7 @@ class FlatMTL(Optimizer):
         nonfinite: str = "raise",
         seed: int = 0,
         accumulate: str = "auto",
+        rows_dtype: torch.dtype | None = None,
         sync: str | None = "auto",
         process_group: Any = None,
     ) -> None:
@@ -169,6 +176,7 @@ class FlatMTL(Optimizer):
             raise ValueError("batched='passes' does not work with features=")
         _check_choice("nonfinite", nonfinite, ("raise", "skip"))
         _check_choice("accumulate", accumulate, _ops.ACCUMULATE)
+        _check_rows_dtype(rows_dtype)
         _check_choice("sync", sync, ("auto", "exact", "local", None))
         if not (isinstance(seed, int) and 0 <= seed < 2**53):
             raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
@@ -185,10 +193,14 @@ class FlatMTL(Optimizer):
             )
         if m_sharpness and mode.has_state:
             raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
+        if rows_dtype is not None and features is not None and not mode.needs_features:
+            raise ValueError(
+                "rows_dtype= with features=: the rows are then the features' gradients, which stay as they are"
+            )
         self.settings = Settings(
             aggregator, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
             max_norm, self._read_features(features, mode, combine, rho, aggregator), batched, bool(m_sharpness),
-            bool(replay_rng), seed, accumulate,
+            bool(replay_rng), seed, accumulate, rows_dtype,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group
@@ -604,6 +616,15 @@ def _check_duplicates(groups: Iterable[dict[str, Any]], first: int = 0) -> None:
                 raise ValueError(
                     f"param_groups[{g}]['params'] lists a parameter twice: [{before}] and [{i}] are the same{named}"
                 )
+
+
+def _check_rows_dtype(dtype: Any) -> None:
+    if dtype is None or dtype is torch.bfloat16:
+        return
+    why = ""
+    if dtype is torch.float16:
+        why = "; float16 holds nothing above 65504 and rounds to multiples of 6e-8, too little for gradients"
+    raise ValueError(f"Invalid rows_dtype: {dtype!r} (expected None or torch.bfloat16{why})")
 
 
 def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:

@@ -52,7 +52,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
                     steps.PASSES, steps.OURS, steps.REFERENCE)},
             },
         )  # fmt: skip
-        peaks = {steps.SUM: 100, steps.OURS: 800, f"{steps.OURS}, rho = 0": 400, steps.REFERENCE: 1500}
+        peaks = {steps.SUM: 100, steps.OURS: 800, steps.NARROW: 550, steps.PLAIN: 400, steps.REFERENCE: 1500}
         patch.setattr(
             steps, "memory", lambda tasks, width: {
                 "tasks": tasks, "width": width, "row": 100, "largest": 50, "peaks": peaks,
@@ -375,6 +375,8 @@ def test_peak_memory_in_rows() -> None:
     assert entry["row"] == 4 * 4 * (256 * 256 + 256)
     beyond = (peaks[steps.OURS] - peaks[steps.SUM]) / entry["row"]
     assert 2 * 2 - 1.5 <= beyond <= 3 * (2 * 2 + 1)
+    narrow = (peaks[steps.NARROW] - peaks[steps.SUM]) / entry["row"]
+    assert narrow <= beyond - 1.0  # of the 2K rows half are left, and one more that is converted
 
 
 # -- record, tables, pictures -------------------------------------------------------------------------------------------
@@ -411,6 +413,8 @@ def test_tables(record: dict) -> None:
     targets = {row[0]: row for table in found if table.name == "targets" for row in table.rows}
     memory = targets["peak memory in rows, flatmtl"]
     assert memory[2] == "7.00"
+    narrow = targets["peak memory in rows, flatmtl, rows_dtype = bfloat16"]
+    assert narrow[1:3] == ["<= 10005.00", "4.50"]
     assert targets["step / forwards and backwards, transformer, 3 heads"][2] == "2.000"
 
 

@@ -198,12 +198,13 @@ def batched_step(tasks: int, width: int, effort: Effort, count: int) -> dict[str
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 SUM = "sum(losses).backward()"
+PLAIN, NARROW = f"{OURS}, rho = 0", f"{OURS}, rows_dtype = bfloat16"
 
 
 def memory(tasks: int, width: int) -> dict[str, Any]:
     """Peaks of resident memory during a step above that before it, each in a process of its own, in bytes; `row` is the
     size of one gradient of the shared parameters. None where it cannot be measured."""
-    peaks = {name: _in_process(name, tasks, width) for name in (SUM, OURS, f"{OURS}, rho = 0", REFERENCE)}
+    peaks = {name: _in_process(name, tasks, width) for name in (SUM, OURS, NARROW, PLAIN, REFERENCE)}
     row = 4 * 4 * (width * width + width)
     return {"tasks": tasks, "width": width, "row": row, "largest": 4 * width * width, "peaks": peaks}
 
@@ -222,9 +223,12 @@ def _peak(name: str, tasks: int, width: int) -> int | None:
 
     def make(width: int) -> Callable[[], object]:
         contender = REFERENCE if name == REFERENCE else OURS
-        rho = 0.0 if name.endswith("rho = 0") else 0.05
+        rho = 0.0 if name == PLAIN else 0.05
         subject = _compare.Contender(contender, _compare.Settings(tasks=tasks, width=width, batch=16, rho=rho))
         closure = subject.closure(0)
+        if name == NARROW:
+            sgd = torch.optim.SGD(subject.model.parameters(), lr=0.01)
+            subject.step = flatmtl.FlatMTL(sgd, rho=rho, rows_dtype=torch.bfloat16).step
         if name != SUM:
             return lambda: subject.step(closure)
 

@@ -107,8 +107,9 @@ def _steps(section: dict[str, Any] | None) -> Iterable[list[str]]:
         )
     for case in section["memory"]:
         base, row = case["peaks"][steps.SUM], case["row"]
-        for name, rows in ((steps.OURS, 2 * case["tasks"] + 1), (f"{steps.OURS}, rho = 0", case["tasks"] + 1)):
-            if base is not None and case["peaks"][name] is not None:
+        count = case["tasks"]  # narrow: 2K rows of half the size, the last of them wide as it comes, and the copy
+        for name, rows in ((steps.OURS, 2 * count + 1), (steps.NARROW, count + 1.5), (steps.PLAIN, count + 1)):
+            if base is not None and case["peaks"].get(name) is not None:
                 target = rows + (case["largest"] + MEGABYTE) / row
                 yield from _row(
                     f"peak memory in rows, {name}", f"<= {target:.2f}", [(case["peaks"][name] - base) / row]

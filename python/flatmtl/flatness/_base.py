@@ -109,14 +109,17 @@ def own_products(step: Step, i: int) -> tuple[float, float, float]:
     return float(pair[0, 0]), float(pair[0, 1]), float(pair[1, 1])
 
 
-def minus(state: TaskState, c: float, params: int) -> list[Tensor | None]:
-    """s_i - c g_i, parameter by parameter."""
-    out: list[Tensor | None] = [None] * params
+def orthogonal(step: Step, state: TaskState, c: float, factor: float = 1.0) -> list[Tensor | None]:
+    """factor (s_i - c g_i) without the loss scale, parameter by parameter, in the dtype of the rows."""
+    out: list[Tensor | None] = [None] * len(step.tensors)
     with torch.no_grad():
         for i in state.reached:
             g, s = state.grads[i], state.perturbed[i]
             assert g is not None
-            out[i] = g * -c if s is None else torch.sub(s, g, alpha=c)
+            g = step.point.wide(i, g)
+            v = g * -c if s is None else torch.sub(step.point.wide(i, s), g, alpha=c)
+            v = v if step.loss_scale == 1.0 else v / step.loss_scale
+            out[i] = step.point.narrow(i, v if factor == 1.0 else v * factor)
     return out
 
 
@@ -129,8 +132,6 @@ def stored(step: Step, row: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def recalled(step: Step, row: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """A stored row for the parameters of this step, with their device and dtype; None for what it does not have."""
+    """A stored row for the parameters of this step, on their devices; None for what it does not have."""
     found = [row[p.index] if p.index < len(row) else None for p in step.params]
-    return [
-        None if x is None else x.to(p.tensor.device, p.tensor.dtype) for x, p in zip(found, step.params, strict=True)
-    ]
+    return [None if x is None else x.to(p.tensor.device) for x, p in zip(found, step.params, strict=True)]

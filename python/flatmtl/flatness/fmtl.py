@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _state
-from ._base import Flatness, minus, own_products, recalled, stored
+from ._base import Flatness, orthogonal, own_products, recalled, stored
 
 if TYPE_CHECKING:
     from .._step import Step
@@ -87,7 +87,7 @@ class FMTL(Flatness):
                 continue
             c = 1.0 + gf / gg if gg > 0.0 else 0.0
             new["age"][k] = 1
-            new["orthogonal"][k] = stored(step, unscaled(step, minus(state, c, len(step.tensors))))
+            new["orthogonal"][k] = stored(step, orthogonal(step, state, c))
             new["norm"][k] = math.sqrt(gg) / factor
             new["orthogonal_norm"][k] = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff) / factor
         step.new_states["flat"] = new
@@ -104,22 +104,17 @@ def check_every(name: str, every: Any) -> None:
         raise ValueError(f"{name}: every is {every!r}; it must be an integer >= 1")
 
 
-def reuse(step: Step, state: TaskState, orthogonal: Sequence[Tensor | None], factor: float) -> None:
-    """s_i = g_i + factor v_i, in place of a perturbed pass."""
+def reuse(step: Step, state: TaskState, kept: Sequence[Tensor | None], factor: float) -> None:
+    """s_i = g_i + factor v_i, in place of a perturbed pass; `kept` is v_i."""
     state.perturbed = [None] * len(step.tensors)
-    orthogonal = recalled(step, orthogonal)
+    kept, wide = recalled(step, kept), step.point.wide
     with torch.no_grad():
         for i in state.reached:
-            g, v = state.grads[i], orthogonal[i]
+            g, v = state.grads[i], kept[i]
             assert g is not None
-            state.perturbed[i] = g if v is None else torch.add(g, v, alpha=factor * step.loss_scale)
-
-
-def unscaled(step: Step, row: list[Tensor | None]) -> list[Tensor | None]:
-    """A row without the loss scale."""
-    if step.loss_scale == 1.0:
-        return row
-    return [None if x is None else x / step.loss_scale for x in row]
+            if v is not None:
+                g = step.point.narrow(i, torch.add(wide(i, g), wide(i, v), alpha=factor * step.loss_scale))
+            state.perturbed[i] = g
 
 
 def _norm(step: Step, state: TaskState) -> float:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _state
-from ._base import Flatness, minus, recalled, stored, sums
-from .fmtl import check_every, reuse, unscaled
+from ._base import Flatness, orthogonal, recalled, stored, sums
+from .fmtl import check_every, reuse
 
 if TYPE_CHECKING:
     from .._step import Step
@@ -43,6 +43,7 @@ class SAM(Flatness):
         adaptive = step.settings.adaptive
         sq_shared = step.sq_norm(row[:count], step.shared, adaptive)
         step.point.move(step.along_row(row, own, sq_shared, step.sq_norm(row[count:], own, adaptive)))
+        del row  # memory of a gradient
         step.passes.perturbed(step.micro, step.present)
 
     def _direction(self, step: Step, row: list[Tensor], own: Sequence[int]) -> list[Tensor]:
@@ -136,8 +137,9 @@ class FSAM(SAM):
         mean, direction = list(old), []
         with torch.no_grad():
             for i, g in zip([*step.shared, *own], row, strict=True):
+                g = step.point.wide(i, g)
                 g = g / step.loss_scale if step.loss_scale != 1.0 else g
-                m = old[i]
+                m = None if (kept := old[i]) is None else step.point.wide(i, kept)
                 direction.append(g if m is None else torch.sub(g, m, alpha=self.sigma))
                 mean[i] = g.clone() if m is None else torch.lerp(g, m, self.lmbda)
         step.new_states["flat"] = {"name": self.name, "mean": stored(step, mean)}
@@ -191,14 +193,11 @@ class LookSAM(SAM):
             return
         gg, gf, ff = sums(step, pair)
         c = 1.0 + gf / gg if gg > 0.0 else 0.0
-        orthogonal: list[list[Tensor | None]] = [[] for _ in step.tasks]
+        rows: list[list[Tensor | None]] = [[] for _ in step.tasks]
         for i, state in enumerate(step.present):
-            row = unscaled(step, minus(state, c, len(step.tensors)))
-            factor = step.factor(i)
-            row = row if factor == 1.0 else [None if x is None else x * factor for x in row]
-            orthogonal[state.index] = stored(step, row)
+            rows[state.index] = stored(step, orthogonal(step, state, c, step.factor(i)))
         norm = math.sqrt(max(ff - gf * gf / gg, 0.0) if gg > 0.0 else ff)
-        step.new_states["flat"] = {"name": self.name, "age": 1, "orthogonal": orthogonal, "orthogonal_norm": norm}
+        step.new_states["flat"] = {"name": self.name, "age": 1, "orthogonal": rows, "orthogonal_norm": norm}
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
         _state.integer(state, "age", self._what)

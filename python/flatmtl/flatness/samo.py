@@ -57,7 +57,7 @@ class SAMO(Flatness):
         norms = [math.sqrt(step.arithmetic.sq_norm([g], [i])) for i, g in zip(step.shared, shared, strict=True)]
         for state in step.present:
             direction = self._direction(step, state, shared, norms)
-            h = [own[i] for i in state.own]
+            h = [step.point.wide(i, own[i]) if direction is not shared else own[i] for i in state.own]
             adaptive = step.settings.adaptive
             sq_shared = step.sq_norm(direction, step.shared, adaptive)
             sq_own = step.sq_norm(h, state.own, adaptive)
