@@ -243,9 +243,9 @@ class Step:
         elif len(self.present) == 1 and self.factors is None:
             row = self.point.row(self.present[0].grads, indices)
         else:
-            row = [torch.empty_like(self.tensors[i]) for i in indices]
             rows = [self.point.row(s.grads, indices) for s in self.present]
             factors = torch.tensor([self.factor(k) for k in range(len(rows))], dtype=torch.float64)
+            row = [torch.empty_like(self.tensors[i]) if rows else self.point.zeros(i) for i in indices]
             if rows:
                 self.arithmetic.combine_(row, rows, None, indices, factors, None)
         square = self.arithmetic.sq_norm(row, indices)

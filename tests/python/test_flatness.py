@@ -448,6 +448,21 @@ def test_absent_tasks_keep_their_state_and_age() -> None:
     assert not look.last["perturbed_losses"].isnan().any()
 
 
+@pytest.mark.parametrize("combine", ["decomposed", "direct"])
+def test_tasks_without_gradients_leave_the_state(combine: str) -> None:
+    model = two_heads()
+    optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), flat="fsam", combine=combine)
+    optimizer.step(closure_of(model, *batch()))
+    before, closure = copy.deepcopy(optimizer.states["flat"]["mean"]), closure_of(model, *batch(1))
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote to holds NaN
+    try:
+        optimizer.step(lambda: [0.0 * loss for loss in closure()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if combine == "decomposed":  # in the other the gradient of the sum alone is known, and it is zero
+        assert equal(before, optimizer.states["flat"]["mean"])
+
+
 @pytest.mark.parametrize("mode", ["fmtl", "sam", "gsam", "fsam", "looksam", "samo", "sgsu"])
 def test_loss_scale_changes_nothing(mode: str) -> None:
     results = []

@@ -105,7 +105,8 @@ def own_products(step: Step, i: int) -> tuple[float, float, float]:
     if not state.own:
         return 0.0, 0.0, 0.0
     h, t = step.point.row(state.grads, state.own), step.point.row(state.perturbed, state.own)
-    pair = step.arithmetic.gramian_pair([h], [t], state.own) * (step.factor(i) / step.loss_scale) ** 2
+    factor = step.factor(i) / step.loss_scale
+    pair = step.arithmetic.gramian_pair([h], [t], state.own) * (factor * factor)
     return float(pair[0, 0]), float(pair[0, 1]), float(pair[1, 1])
 
 

@@ -45,7 +45,7 @@ class FMTL(Flatness):
         return self.every > 1
 
     def __post_init__(self) -> None:
-        check_every(self.name, self.every)
+        check_every("FMTL", self.every)
         if self.alpha is not None and not 0.0 <= self.alpha < math.inf:
             raise ValueError(f"FMTL: alpha is {self.alpha}; it must be None or a finite number >= 0")
 

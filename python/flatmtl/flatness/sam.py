@@ -133,6 +133,8 @@ class FSAM(SAM):
             raise ValueError(f"FSAM: lmbda is {self.lmbda}; it must be in [0, 1]")
 
     def _direction(self, step: Step, row: list[Tensor], own: Sequence[int]) -> list[Tensor]:
+        if not step.present:  # nothing is known of the gradient
+            return row
         old = recalled(step, (step.states.get("flat") or {}).get("mean") or [])
         mean, direction = list(old), []
         with torch.no_grad():
