@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "errors.h"
+#include "method_options.h"
 
 namespace flatmtl {
 
@@ -27,10 +28,8 @@ class Aggregator {
       throw std::invalid_argument("aggregator 'fixed' needs its option 'values', one number a task: Fixed([0.5, 2.0])");
   }
   // A method by name with options as flatmtl.h lists them; none: the defaults.
-  Aggregator(const std::string &name, std::vector<double> options) : options_(std::move(options)) {
-    if (flatmtl_method_by_name(name.c_str(), &method_, nullptr) != FLATMTL_OK)
-      throw std::invalid_argument("there is no aggregator " + detail::quoted(name) + ". Known: " + known());
-  }
+  Aggregator(const std::string &name, std::vector<double> options)
+      : method_(detail::by_name("aggregator", name, flatmtl_method_name)), options_(std::move(options)) {}
 
   static Aggregator sum() { return {"sum", {}}; }
   static Aggregator mean() { return {"mean", {}}; }
@@ -38,48 +37,41 @@ class Aggregator {
   static Aggregator fixed(std::vector<double> values) {
     if (values.empty()) throw std::invalid_argument("Fixed needs at least one weight");
     for (size_t i = 0; i < values.size(); ++i)
-      if (!std::isfinite(values[i]))
-        throw std::invalid_argument("Fixed: values[" + std::to_string(i) + "] is " + detail::text(values[i]) +
-                                    "; it must be finite");
+      detail::check_option("Fixed", "values[" + std::to_string(i) + "]", values[i], std::isfinite(values[i]), "finite");
     return {"fixed", std::move(values)};
   }
   static Aggregator mgda() { return {"mgda", {}}; }
   // seed of the order of projections, >= 0 and below 2^53; none: the optimizer's.
   static Aggregator pcgrad(std::optional<int64_t> seed = std::nullopt) {
     Aggregator result("pcgrad", {});
-    if (seed) result.seed_ = checked_seed(*seed);
+    if (seed) result.seed_ = detail::checked_seed(*seed);
     return result;
   }
   static Aggregator cagrad(double c = 0.4) {
-    if (!(c >= 0.0 && c < 1.0))
-      throw std::invalid_argument("CAGrad: c is " + detail::text(c) + "; it must be in [0, 1)");
+    detail::check_option("CAGrad", "c", c, c >= 0.0 && c < 1.0, "in [0, 1)");
     return {"cagrad", {c}};
   }
   static Aggregator imtl_g() { return {"imtl_g", {}}; }
   static Aggregator nash_mtl() { return {"nash_mtl", {}}; }
   static Aggregator fairgrad(double alpha = 2.0) {
-    if (!(alpha > 0.0 && std::isfinite(alpha)))
-      throw std::invalid_argument("FairGrad: alpha is " + detail::text(alpha) + "; it must be positive and finite");
+    detail::check_option("FairGrad", "alpha", alpha, alpha > 0.0 && std::isfinite(alpha), "positive and finite");
     return {"fairgrad", {alpha}};
   }
   // seed as pcgrad's.
   static Aggregator gradvac(double beta = 0.01, std::optional<int64_t> seed = std::nullopt) {
-    if (!(beta >= 0.0 && beta <= 1.0))
-      throw std::invalid_argument("GradVac: beta is " + detail::text(beta) + "; it must be in [0, 1]");
+    detail::check_option("GradVac", "beta", beta, beta >= 0.0 && beta <= 1.0, "in [0, 1]");
     Aggregator result("gradvac", {});
     result.beta_ = beta;
-    if (seed) result.seed_ = checked_seed(*seed);
+    if (seed) result.seed_ = detail::checked_seed(*seed);
     return result;
   }
   // scale: "min", "median" or "rmse".
   static Aggregator aligned_mtl(const std::string &scale = "min", double tolerance = std::ldexp(1.0, -23)) {
     const std::vector<std::string> scales = {"min", "median", "rmse"};
     const auto found = std::find(scales.begin(), scales.end(), scale);
-    if (found == scales.end())
-      throw std::invalid_argument("AlignedMTL: scale is " + detail::quoted(scale) +
-                                  "; it must be one of 'min', 'median', 'rmse'");
-    if (!(tolerance >= 0.0 && tolerance < 1.0))
-      throw std::invalid_argument("AlignedMTL: tolerance is " + detail::text(tolerance) + "; it must be in [0, 1)");
+    detail::check_option("AlignedMTL", "scale", detail::quoted(scale), found != scales.end(),
+                         "one of 'min', 'median', 'rmse'");
+    detail::check_option("AlignedMTL", "tolerance", tolerance, tolerance >= 0.0 && tolerance < 1.0, "in [0, 1)");
     return {"aligned_mtl", {static_cast<double>(found - scales.begin()), tolerance}};
   }
   // preference: one number >= 0 a task; empty: 1/K each.
@@ -91,8 +83,7 @@ class Aggregator {
   }
   static Aggregator config() { return {"config", {}}; }
   static Aggregator ntkmtl(double exponent = 0.5) {
-    if (!(exponent >= 0.0 && exponent <= 1.0))
-      throw std::invalid_argument("NTKMTL: exponent is " + detail::text(exponent) + "; it must be in [0, 1]");
+    detail::check_option("NTKMTL", "exponent", exponent, exponent >= 0.0 && exponent <= 1.0, "in [0, 1]");
     return {"ntkmtl", {exponent}};
   }
 
@@ -108,39 +99,17 @@ class Aggregator {
     const double used = static_cast<double>(seed_.value_or(seed)), number = static_cast<double>(draw);
     if (method_ == FLATMTL_PCGRAD && options_.empty()) return {used, number};
     if (method_ == FLATMTL_GRADVAC && options_.empty()) return {beta_, used, number};
-    const bool preference = method_ == FLATMTL_UPGRAD || method_ == FLATMTL_DUALPROJ;  // one number a task, or none
-    if (method_ != FLATMTL_FIXED && !(preference && !options_.empty())) return options_;
-    if (static_cast<int64_t>(options_.size()) != num_tasks)
-      throw std::invalid_argument((method_ == FLATMTL_FIXED    ? std::string("Fixed has ")
-                                   : method_ == FLATMTL_UPGRAD ? std::string("UPGrad has a preference of ")
-                                                               : std::string("DualProj has a preference of ")) +
-                                  std::to_string(options_.size()) + " values for " + std::to_string(num_tasks) +
-                                  " tasks");
-    std::vector<double> values;
-    for (const int64_t i : present) values.push_back(options_[static_cast<size_t>(i)]);
-    return values;
-  }
-
-  static int64_t checked_seed(int64_t seed) {
-    if (seed < 0 || seed >= int64_t{1} << 53)
-      throw std::invalid_argument("seed is " + std::to_string(seed) +
-                                  "; it must be an integer, at least 0 and below 2^53");
-    return seed;
+    if (method_ == FLATMTL_FIXED) return detail::per_task("Fixed has ", " values", options_, 0, num_tasks, present);
+    if (options_.empty() || (method_ != FLATMTL_UPGRAD && method_ != FLATMTL_DUALPROJ)) return options_;
+    const char *has = method_ == FLATMTL_UPGRAD ? "UPGrad has a preference of " : "DualProj has a preference of ";
+    return detail::per_task(has, " values", options_, 0, num_tasks, present);
   }
 
  private:
-  static std::string known() {
-    std::string names;
-    for (int i = 0; const char *name = flatmtl_method_name(static_cast<flatmtl_method>(i)); ++i)
-      names += (i ? ", " : "") + detail::quoted(name);
-    return names;
-  }
-
-  static std::vector<double> checked_preference(const std::string &name, std::vector<double> values) {
+  static std::vector<double> checked_preference(const char *cls, std::vector<double> values) {
     for (size_t i = 0; i < values.size(); ++i)
-      if (!(values[i] >= 0.0 && std::isfinite(values[i])))
-        throw std::invalid_argument(name + ": preference[" + std::to_string(i) + "] is " + detail::text(values[i]) +
-                                    "; it must be finite and at least 0");
+      detail::check_option(cls, "preference[" + std::to_string(i) + "]", values[i],
+                           values[i] >= 0.0 && std::isfinite(values[i]), "finite and at least 0");
     return values;
   }
 

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "aggregator.h"
 #include "errors.h"
+#include "method_options.h"
 
 namespace flatmtl {
 
@@ -29,77 +29,77 @@ class Weighting {
           "weighting 'fixed' needs its option 'values', one number a task: FixedWeights([0.5, 2.0])");
   }
   // A weighting by name with options as flatmtl.h lists them; none: the defaults. FAMO's bounds may be left out.
-  Weighting(const std::string &name, std::vector<double> options) : options_(std::move(options)) {
-    if (flatmtl_weighting_by_name(name.c_str(), &number_, nullptr) != FLATMTL_OK)
-      throw std::invalid_argument("there is no weighting " + detail::quoted(name) + ". Known: " + known());
-  }
+  Weighting(const std::string &name, std::vector<double> options)
+      : number_(detail::by_name("weighting", name, flatmtl_weighting_name)), options_(std::move(options)) {}
 
   // One finite weight >= 0 a task.
   static Weighting fixed(std::vector<double> values) {
     if (values.empty()) throw std::invalid_argument("FixedWeights needs at least one weight");
     for (size_t i = 0; i < values.size(); ++i)
-      if (!(values[i] >= 0.0 && std::isfinite(values[i])))
-        throw std::invalid_argument("FixedWeights: values[" + std::to_string(i) + "] is " + detail::text(values[i]) +
-                                    "; it must be >= 0 and finite");
+      detail::check_option("FixedWeights", "values[" + std::to_string(i) + "]", values[i],
+                           values[i] >= 0.0 && std::isfinite(values[i]), ">= 0 and finite");
     return {"fixed", std::move(values)};
   }
   static Weighting uw(double lr = 0.025, double initial = -0.5) {
-    positive("UW", "lr", lr);
-    check("UW", "initial", initial, std::isfinite(initial), "finite");
+    detail::check_positive("UW", "lr", lr);
+    detail::check_option("UW", "initial", initial, std::isfinite(initial), "finite");
     return {"uw", {lr, initial}};
   }
   // epoch: steps in one.
   static Weighting dwa(double temperature = 2.0, int64_t epoch = 25) {
-    positive("DWA", "temperature", temperature);
-    return {"dwa", {temperature, integer("DWA", "epoch", epoch, 1)}};
+    detail::check_positive("DWA", "temperature", temperature);
+    return {"dwa", {temperature, detail::checked_integer("DWA", "epoch", epoch, 1)}};
   }
   // seed of the draws, >= 0 and below 2^53; none: the optimizer's.
   static Weighting rlw(std::optional<int64_t> seed = std::nullopt) {
     Weighting result("rlw", {});
-    if (seed) result.seed_ = Aggregator::checked_seed(*seed);
+    if (seed) result.seed_ = detail::checked_seed(*seed);
     return result;
   }
   static Weighting si() { return {"si", {}}; }
   static Weighting gls() { return {"gls", {}}; }
   // epoch: steps in one; warmup: epochs.
   static Weighting stch(double mu = 1.0, int64_t epoch = 25, int64_t warmup = 4) {
-    positive("STCH", "mu", mu);
-    return {"stch", {mu, integer("STCH", "epoch", epoch, 1), integer("STCH", "warmup", warmup, 0)}};
+    detail::check_positive("STCH", "mu", mu);
+    return {
+        "stch",
+        {mu, detail::checked_integer("STCH", "epoch", epoch, 1), detail::checked_integer("STCH", "warmup", warmup, 0)}};
   }
   static Weighting imtl_l(double lr = 0.001) {
-    positive("IMTLL", "lr", lr);
+    detail::check_positive("IMTLL", "lr", lr);
     return {"imtl_l", {lr}};
   }
   // Evaluates the losses once more after the update. min_losses: one lower bound a task; empty: 0 each.
   static Weighting famo(double lr = 0.025, double gamma = 0.01, const std::vector<double> &min_losses = {}) {
-    positive("FAMO", "lr", lr);
-    at_least_0("FAMO", "gamma", gamma);
+    detail::check_positive("FAMO", "lr", lr);
+    detail::check_at_least_0("FAMO", "gamma", gamma);
     std::vector<double> options = {lr, gamma};
     for (size_t i = 0; i < min_losses.size(); ++i) {
-      check("FAMO", "min_losses[" + std::to_string(i) + "]", min_losses[i], std::isfinite(min_losses[i]), "finite");
+      detail::check_option("FAMO", "min_losses[" + std::to_string(i) + "]", min_losses[i], std::isfinite(min_losses[i]),
+                           "finite");
       options.push_back(min_losses[i]);
     }
     return {"famo", std::move(options)};
   }
   static Weighting gradnorm(double alpha = 1.5, double lr = 0.025) {
-    at_least_0("GradNorm", "alpha", alpha);
-    positive("GradNorm", "lr", lr);
+    detail::check_at_least_0("GradNorm", "alpha", alpha);
+    detail::check_positive("GradNorm", "lr", lr);
     return {"gradnorm", {alpha, lr}};
   }
   static Weighting go4align(double eta = 1e-4, int64_t groups = 1) {
-    at_least_0("GO4Align", "eta", eta);
-    return {"go4align", {eta, integer("GO4Align", "groups", groups, 1)}};
+    detail::check_at_least_0("GO4Align", "eta", eta);
+    return {"go4align", {eta, detail::checked_integer("GO4Align", "groups", groups, 1)}};
   }
   static Weighting slaw(double beta = 0.99) {
-    check("SLAW", "beta", beta, beta >= 0.0 && beta < 1.0, "in [0, 1)");
+    detail::check_option("SLAW", "beta", beta, beta >= 0.0 && beta < 1.0, "in [0, 1)");
     return {"slaw", {beta}};
   }
   static Weighting bmtl(double temperature = 50.0) {
-    positive("BMTL", "temperature", temperature);
+    detail::check_positive("BMTL", "temperature", temperature);
     return {"bmtl", {temperature}};
   }
   static Weighting emtl(double strength = 1.0) {
-    at_least_0("EMTL", "strength", strength);
+    detail::check_at_least_0("EMTL", "strength", strength);
     return {"emtl", {strength}};
   }
 
@@ -116,53 +116,15 @@ class Weighting {
     if (number_ == FLATMTL_WEIGHTING_RLW && options_.empty())
       return {static_cast<double>(seed_.value_or(seed)), static_cast<double>(draw)};
     if (number_ == FLATMTL_WEIGHTING_FIXED)
-      return per_task("FixedWeights has ", " values", options_, 0, num_tasks, present);
+      return detail::per_task("FixedWeights has ", " values", options_, 0, num_tasks, present);
     if (number_ != FLATMTL_WEIGHTING_FAMO || options_.size() < 2) return options_;
-    if (options_.size() > 2) return per_task("FAMO has ", " min_losses", options_, 2, num_tasks, present);
+    if (options_.size() > 2) return detail::per_task("FAMO has ", " min_losses", options_, 2, num_tasks, present);
     std::vector<double> values = options_;
     values.resize(2 + present.size(), 0.0);
     return values;
   }
 
  private:
-  static std::string known() {
-    std::string names;
-    for (int i = 0; const char *name = flatmtl_weighting_name(static_cast<flatmtl_weighting>(i)); ++i)
-      names += (i ? ", " : "") + detail::quoted(name);
-    return names;
-  }
-
-  static void check(const char *cls, const std::string &option, double value, bool ok, const char *must) {
-    if (!ok)
-      throw std::invalid_argument(std::string(cls) + ": " + option + " is " + detail::text(value) + "; it must be " +
-                                  must);
-  }
-  static void positive(const char *cls, const char *option, double value) {
-    check(cls, option, value, std::isfinite(value), "finite");
-    check(cls, option, value, value > 0.0, "positive and finite");
-  }
-  static void at_least_0(const char *cls, const char *option, double value) {
-    check(cls, option, value, std::isfinite(value), "finite");
-    check(cls, option, value, value >= 0.0, ">= 0");
-  }
-  static double integer(const char *cls, const char *option, int64_t value, int64_t least) {
-    if (value < least || value >= int64_t{1} << 53)
-      throw std::invalid_argument(std::string(cls) + ": " + option + " is " + std::to_string(value) +
-                                  "; it must be an integer, at least " + std::to_string(least));
-    return static_cast<double>(value);
-  }
-
-  // The first `common` options, then those of the tasks present.
-  static std::vector<double> per_task(const char *has, const char *what, const std::vector<double> &options,
-                                      size_t common, int64_t num_tasks, const std::vector<int64_t> &present) {
-    const size_t count = options.size() - common;
-    if (static_cast<int64_t>(count) != num_tasks)
-      throw std::invalid_argument(has + std::to_string(count) + what + " for " + std::to_string(num_tasks) + " tasks");
-    std::vector<double> values(options.begin(), options.begin() + static_cast<std::ptrdiff_t>(common));
-    for (const int64_t i : present) values.push_back(options[common + static_cast<size_t>(i)]);
-    return values;
-  }
-
   flatmtl_weighting number_ = FLATMTL_WEIGHTING_FIXED;
   std::vector<double> options_;
   std::optional<int64_t> seed_;
