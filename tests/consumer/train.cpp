@@ -79,6 +79,15 @@ static double train() {
     });
     // -- end
   }
+  {
+    // -- flatness modes
+    flatmtl::FlatMTL sam(sgd, flatmtl::FlatMTLOptions().flat("sam").rho(0.05).modules({model}));
+    flatmtl::FlatMTL gsam(sgd, flatmtl::FlatMTLOptions().flat(flatmtl::Flatness::gsam(0.2)).modules({model}));
+    flatmtl::FlatMTL cheaper(sgd, flatmtl::FlatMTLOptions().every(2).modules({model}));
+    // -- end
+    const Batch batch = draw();
+    for (flatmtl::FlatMTL *mode : {&sam, &gsam, &cheaper}) mode->step([&] { return losses(model, batch); });
+  }
   std::stringstream file;
   {
     // -- save
@@ -100,12 +109,12 @@ static double train() {
 // A TorchScript module, from torch.jit.save in Python (here: made in place).
 static torch::jit::Module scripted() {
   torch::jit::Module module("Net");
-  module.register_parameter("w", torch::randn({8, 10}).requires_grad_(), false);
+  module.register_parameter("trunk", torch::randn({8, 10}).requires_grad_(), false);
   module.register_parameter("digit", torch::randn({4, 8}).requires_grad_(), false);
   module.register_parameter("angle", torch::randn({1, 8}).requires_grad_(), false);
   module.define(R"(
     def forward(self, x):
-        h = torch.tanh(torch.matmul(x, self.w.t()))
+        h = torch.tanh(torch.matmul(x, self.trunk.t()))
         return torch.matmul(h, self.digit.t()), torch.matmul(h, self.angle.t())
   )");
   return module;
@@ -116,7 +125,10 @@ static void fine_tune(torch::jit::Module module) {
   // torch::jit::Module module = torch::jit::load("model.pt");
   module.train();
   torch::optim::Adam adam(flatmtl::parameters(module), torch::optim::AdamOptions(1e-3));
-  flatmtl::FlatMTL optimizer(adam, flatmtl::FlatMTLOptions().modules({module}));
+  std::vector<torch::Tensor> trunk;
+  for (const auto &parameter : module.named_parameters())
+    if (parameter.name.rfind("trunk", 0) == 0) trunk.push_back(parameter.value);
+  flatmtl::FlatMTL optimizer(adam, flatmtl::FlatMTLOptions().shared(trunk).modules({module}));
   for (int step = 0; step < 5; ++step) {
     const Batch batch = draw();
     optimizer.step([&] {

@@ -7,7 +7,9 @@
 #include <flatmtl/torch.h>
 
 #include <cstring>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #undef CHECK  // torch's, of its logging
@@ -93,6 +95,89 @@ inline Tensors everything(torch::nn::Module &model, torch::optim::Optimizer &sgd
   for (const Tensor &b : model.buffers()) all.push_back(copy_of(b));
   all.push_back(at::detail::getDefaultCPUGenerator().get_state());
   return all;
+}
+
+// l_i = a_i/2 |theta - c_i|^2 + b_i/2 (psi_i - d_i)^2
+struct Quadratics {
+  Tensor theta = torch::tensor({1.0, -2.0}, torch::kDouble).requires_grad_();
+  Tensors psi = {torch::tensor({0.5}, torch::kDouble).requires_grad_(),
+                 torch::tensor({-1.5}, torch::kDouble).requires_grad_()};
+  double a[2] = {2.0, 0.5}, b[2] = {3.0, 0.25}, d[2] = {1.0, 2.0};
+  Tensors c = {torch::tensor({0.0, 1.0}, torch::kDouble), torch::tensor({3.0, -1.0}, torch::kDouble)};
+
+  Tensors params() const { return {theta, psi[0], psi[1]}; }
+  Tensor loss(size_t i) const {
+    return a[i] / 2 * (theta - c[i]).square().sum() + b[i] / 2 * (psi[i] - d[i]).square().sum();
+  }
+  Tensors losses() const { return {loss(0), loss(1)}; }
+  Tensor g(size_t i) const { return (a[i] * (theta - c[i])).detach(); }
+  Tensor h(size_t i) const { return (b[i] * (psi[i] - d[i])).detach(); }
+  // The Hessians are multiples of the identity: s = g (1 + rho a / |g|).
+  Tensor s(size_t i, double rho) const { return g(i) * (1.0 + rho * a[i] / g(i).norm()); }
+  Tensor t(size_t i, double rho) const { return h(i) * (1.0 + rho * b[i] / h(i).norm()); }
+};
+
+inline flatmtl::FlatMTLOptions raw(const flatmtl::Aggregator &aggregator) {
+  return flatmtl::FlatMTLOptions().aggregator(aggregator).family_scale("none");
+}
+
+template <typename Optimizer>
+std::string saved(const Optimizer &optimizer) {
+  torch::serialize::OutputArchive archive;
+  optimizer.save(archive);
+  std::ostringstream stream;
+  archive.save_to(stream);
+  return stream.str();
+}
+
+template <typename Optimizer>
+void load(Optimizer &optimizer, const std::string &bytes) {
+  torch::serialize::InputArchive archive;
+  std::istringstream stream(bytes);
+  archive.load_from(stream);
+  optimizer.load(archive);
+}
+
+// A network in training; step i on batch i, with the random numbers of seed i.
+struct Run {
+  explicit Run(flatmtl::FlatMTLOptions options = {}, Net net = support::net())
+      : model(std::move(net)), sgd(model->parameters(), sgd_options()), optimizer(sgd, options.modules({model})) {}
+  void train(int from, int to) {
+    for (int i = from; i < to; ++i) {
+      torch::manual_seed(i);
+      optimizer.step([&] { return losses(model, Batch(i)); });
+    }
+  }
+  Tensors all() { return everything(*model, sgd); }
+
+  Net model;
+  torch::optim::SGD sgd;
+  flatmtl::FlatMTL optimizer;
+};
+
+inline void copy_weights(const Net &from, const Net &to) {
+  torch::NoGradGuard no_grad;
+  for (size_t i = 0; i < from->parameters().size(); ++i) to->parameters()[i].copy_(from->parameters()[i]);
+  for (size_t i = 0; i < from->buffers().size(); ++i) to->buffers()[i].copy_(from->buffers()[i]);
+}
+
+// The archive of an optimizer with a state that `change` has been at.
+template <typename F>
+std::string forged(const Run &run, F change) {
+  torch::serialize::InputArchive archive, own;
+  std::istringstream stream(saved(run.optimizer));
+  archive.load_from(stream);
+  archive.read("flatmtl", own);
+  auto state = flatmtl::detail::State::load(own);
+  change(state);
+  torch::serialize::OutputArchive out;
+  run.sgd.save(out);
+  torch::serialize::OutputArchive written(out.compilation_unit());
+  state.save(written);
+  out.write("flatmtl", written);
+  std::ostringstream bytes;
+  out.save_to(bytes);
+  return bytes.str();
 }
 
 // what() of the exception of type E that f throws.

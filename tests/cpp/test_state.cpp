@@ -1,44 +1,9 @@
 // Checkpoints: training goes on with the same bits, and what does not fit is refused and changes nothing.
-#include <sstream>
-
 #include "support.h"
 
 namespace {
 
 using namespace support;
-
-template <typename Optimizer>
-std::string saved(const Optimizer &optimizer) {
-  torch::serialize::OutputArchive archive;
-  optimizer.save(archive);
-  std::ostringstream stream;
-  archive.save_to(stream);
-  return stream.str();
-}
-
-template <typename Optimizer>
-void load(Optimizer &optimizer, const std::string &bytes) {
-  torch::serialize::InputArchive archive;
-  std::istringstream stream(bytes);
-  archive.load_from(stream);
-  optimizer.load(archive);
-}
-
-struct Run {
-  explicit Run(flatmtl::FlatMTLOptions options = {})
-      : model(net()), sgd(model->parameters(), sgd_options()), optimizer(sgd, options.modules({model})) {}
-  void train(int from, int to) {
-    for (int i = from; i < to; ++i) {
-      torch::manual_seed(i);
-      optimizer.step([&] { return losses(model, Batch(i)); });
-    }
-  }
-  Tensors all() { return everything(*model, sgd); }
-
-  Net model;
-  torch::optim::SGD sgd;
-  flatmtl::FlatMTL optimizer;
-};
 
 flatmtl::FlatMTLOptions pcgrad(int64_t seed) {
   return flatmtl::FlatMTLOptions().aggregator("pcgrad").seed(seed);

@@ -5,35 +5,7 @@
 
 #include "support.h"
 
-namespace {
-
 using namespace support;
-
-// l_i = a_i/2 |theta - c_i|^2 + b_i/2 (psi_i - d_i)^2
-struct Quadratics {
-  Tensor theta = torch::tensor({1.0, -2.0}, torch::kDouble).requires_grad_();
-  Tensors psi = {torch::tensor({0.5}, torch::kDouble).requires_grad_(),
-                 torch::tensor({-1.5}, torch::kDouble).requires_grad_()};
-  double a[2] = {2.0, 0.5}, b[2] = {3.0, 0.25}, d[2] = {1.0, 2.0};
-  Tensors c = {torch::tensor({0.0, 1.0}, torch::kDouble), torch::tensor({3.0, -1.0}, torch::kDouble)};
-
-  Tensors params() const { return {theta, psi[0], psi[1]}; }
-  Tensor loss(size_t i) const {
-    return a[i] / 2 * (theta - c[i]).square().sum() + b[i] / 2 * (psi[i] - d[i]).square().sum();
-  }
-  Tensors losses() const { return {loss(0), loss(1)}; }
-  Tensor g(size_t i) const { return (a[i] * (theta - c[i])).detach(); }
-  Tensor h(size_t i) const { return (b[i] * (psi[i] - d[i])).detach(); }
-  // The Hessians are multiples of the identity: s = g (1 + rho a / |g|).
-  Tensor s(size_t i, double rho) const { return g(i) * (1.0 + rho * a[i] / g(i).norm()); }
-  Tensor t(size_t i, double rho) const { return h(i) * (1.0 + rho * b[i] / h(i).norm()); }
-};
-
-flatmtl::FlatMTLOptions raw(const flatmtl::Aggregator &aggregator) {
-  return flatmtl::FlatMTLOptions().aggregator(aggregator).family_scale("none");
-}
-
-}  // namespace
 
 TEST_CASE("The update of quadratics is the closed form", "[step]") {
   Quadratics q;

@@ -1,7 +1,6 @@
 // Loss weightings: closed forms, refusals, what is learned after the update, checkpoints. The bits of every method are
 // compared with Python's by tests/python/test_cpp.py.
 #include <cmath>
-#include <sstream>
 
 #include "support.h"
 
@@ -14,48 +13,13 @@ flatmtl::FlatMTLOptions weighted(const Weighting &weighting) {
   return flatmtl::FlatMTLOptions().aggregator("sum").family_scale("none").weighting(weighting);
 }
 
-struct Weighed {
-  explicit Weighed(flatmtl::FlatMTLOptions options, Net net = support::net())
-      : model(std::move(net)), sgd(model->parameters(), sgd_options()), optimizer(sgd, options.modules({model})) {}
-  void train(int from, int to) {
-    for (int i = from; i < to; ++i) {
-      torch::manual_seed(i);
-      optimizer.step([&] { return losses(model, Batch(i)); });
-    }
-  }
-  std::string saved() const {
-    torch::serialize::OutputArchive archive;
-    optimizer.save(archive);
-    std::ostringstream stream;
-    archive.save_to(stream);
-    return stream.str();
-  }
-  void load(const std::string &bytes) {
-    torch::serialize::InputArchive archive;
-    std::istringstream stream(bytes);
-    archive.load_from(stream);
-    optimizer.load(archive);
-  }
-  Tensors all() { return everything(*model, sgd); }
-
-  Net model;
-  torch::optim::SGD sgd;
-  flatmtl::FlatMTL optimizer;
-};
-
-void copy_weights(const Net &from, const Net &to) {
-  torch::NoGradGuard no_grad;
-  for (size_t i = 0; i < from->parameters().size(); ++i) to->parameters()[i].copy_(from->parameters()[i]);
-  for (size_t i = 0; i < from->buffers().size(); ++i) to->buffers()[i].copy_(from->buffers()[i]);
-}
-
 }  // namespace
 
 TEST_CASE("A step with a weighting is the step of the weighted losses", "[weightings]") {
   const double rho = GENERATE(0.0, 0.1);
   const std::string name = GENERATE("si", "gls", "uw", "fixed");
   CAPTURE(rho, name);
-  Weighed t(weighted(name == "fixed" ? Weighting::fixed({0.5, 3.0}) : Weighting(name)).rho(rho), net(0.0));
+  Run t(weighted(name == "fixed" ? Weighting::fixed({0.5, 3.0}) : Weighting(name)).rho(rho), net(0.0));
   const Tensors values = losses(t.model, Batch(1));
   const double l[2] = {values[0].item<double>(), values[1].item<double>()};
   double c[2] = {0.5, 3.0};
@@ -64,7 +28,7 @@ TEST_CASE("A step with a weighting is the step of the weighted losses", "[weight
     if (name == "gls") c[i] = std::sqrt(l[0] * l[1]) / (2.0 * l[i]);
     if (name == "uw") c[i] = std::exp(0.5) / 2.0;
   }
-  Weighed plain(flatmtl::FlatMTLOptions().aggregator("sum").family_scale("none").rho(rho), net(0.0));
+  Run plain(flatmtl::FlatMTLOptions().aggregator("sum").family_scale("none").rho(rho), net(0.0));
   t.optimizer.backward([&] { return losses(t.model, Batch(1)); });
   plain.optimizer.backward([&] {
     Tensors all = losses(plain.model, Batch(1));
@@ -86,7 +50,7 @@ TEST_CASE("Losses that a weighting is not defined for are named, and nothing cha
        "(min_losses); "
        "nothing was changed"},
   }));
-  Weighed t(weighted(weighting));
+  Run t(weighted(weighting));
   t.train(0, 2);
   const Tensors before = t.all();
   CHECK(message<std::runtime_error>([&] {
@@ -102,7 +66,7 @@ TEST_CASE("Losses that a weighting is not defined for are named, and nothing cha
 
 TEST_CASE("FAMO sees the losses after the update, and leaves buffers and random numbers alone", "[weightings]") {
   const bool apart = GENERATE(false, true);  // backward and step
-  Weighed t(weighted("famo")), plain(weighted("famo"));
+  Run t(weighted("famo")), plain(weighted("famo"));
   int calls = 0;
   std::vector<bool> grad_modes;
   Tensor statistics, after_losses;
@@ -138,7 +102,7 @@ TEST_CASE("FAMO sees the losses after the update, and leaves buffers and random 
 }
 
 TEST_CASE("A closure that throws after the update", "[weightings][restore]") {
-  Weighed t(weighted("famo")), plain(weighted("famo"));
+  Run t(weighted("famo")), plain(weighted("famo"));
   int calls = 0;
   const auto closure = [&] {
     const Tensors values = losses(t.model, Batch(0));
@@ -157,12 +121,12 @@ TEST_CASE("A closure that throws after the update", "[weightings][restore]") {
 }
 
 TEST_CASE("What cannot be copied is refused where it must be kept", "[weightings]") {
-  Weighed t(weighted("famo"));
+  Run t(weighted("famo"));
   struct Closure {
-    explicit Closure(Weighed &of) : t(of) {}
+    explicit Closure(Run &of) : t(of) {}
     Closure(const Closure &) = delete;
     Tensors operator()() { return losses(t.model, Batch(0)); }
-    Weighed &t;
+    Run &t;
   } closure(t);
   CHECK(message<std::invalid_argument>([&] { t.optimizer.backward(closure); }).find("the closure cannot be copied") ==
         0);
@@ -173,18 +137,18 @@ TEST_CASE("What cannot be copied is refused where it must be kept", "[weightings
 TEST_CASE("What the weighting keeps is saved, for that weighting alone", "[weightings][state]") {
   const Weighting weighting = GENERATE(Weighting::uw(0.5), Weighting::famo(0.5), Weighting::gradnorm(1.0, 0.2));
   CAPTURE(weighting.name());
-  Weighed whole(weighted(weighting)), second(weighted(weighting)), forgetful(weighted(weighting));
+  Run whole(weighted(weighting)), second(weighted(weighting)), forgetful(weighted(weighting));
   whole.train(0, 3);
-  const std::string bytes = whole.saved();
+  const std::string bytes = saved(whole.optimizer);
   copy_weights(whole.model, second.model);
   copy_weights(whole.model, forgetful.model);
-  second.load(bytes);
-  Weighed none(flatmtl::FlatMTLOptions().aggregator("sum").family_scale("none"), whole.model);
-  Weighed other(weighted("dwa"));
+  load(second.optimizer, bytes);
+  Run none(flatmtl::FlatMTLOptions().aggregator("sum").family_scale("none"), whole.model);
+  Run other(weighted("dwa"));
   const std::string named =
       "state_dict holds the state of weighting '" + weighting.name() + "', but the optimizer has ";
-  CHECK(message<std::runtime_error>([&] { none.load(bytes); }) == named + "None");
-  CHECK(message<std::runtime_error>([&] { other.load(bytes); }) == named + "'dwa'");
+  CHECK(message<std::runtime_error>([&] { load(none.optimizer, bytes); }) == named + "None");
+  CHECK(message<std::runtime_error>([&] { load(other.optimizer, bytes); }) == named + "'dwa'");
   CHECK(other.optimizer.steps() == 0);
   whole.train(3, 5);
   second.train(3, 5);
@@ -204,8 +168,8 @@ TEST_CASE("Options of weightings are checked", "[weightings]") {
   CHECK(text([] { Weighting::slaw(1.0); }) == "SLAW: beta is 1.0; it must be in [0, 1)");
   CHECK(text([] { Weighting::gradnorm(-1.0); }) == "GradNorm: alpha is -1.0; it must be >= 0");
   CHECK(text([] { Weighting::rlw(-1); }).find("seed is -1; ") == 0);
-  Weighed t(weighted(Weighting::fixed({1.0, 2.0, 3.0})));
+  Run t(weighted(Weighting::fixed({1.0, 2.0, 3.0})));
   CHECK(text([&] { t.train(0, 1); }) == "FixedWeights has 3 values for 2 tasks");
-  Weighed bounds(weighted(Weighting::famo(0.1, 0.0, {0.0})));
+  Run bounds(weighted(Weighting::famo(0.1, 0.0, {0.0})));
   CHECK(text([&] { bounds.train(0, 1); }) == "FAMO has 1 min_losses for 2 tasks");
 }

@@ -54,20 +54,38 @@ struct Trajectory {
     return torch::mse_loss(out, targets[task].to(out.scalar_type()));
   }
 
+  flatmtl::Flatness flatness() const {
+    using flatmtl::Flatness;
+    const auto name = get<std::string>("flat");
+    const auto v = doubles(in.at("flat_values"));
+    if (v.empty()) return name;
+    const auto every = static_cast<int64_t>(v[0]);
+    if (name == "fmtl") return Flatness::fmtl(every, v.size() > 1 ? std::optional<double>(v[1]) : std::nullopt);
+    if (name == "gsam") return Flatness::gsam(v[0]);
+    if (name == "wsam") return Flatness::wsam(v[0]);
+    if (name == "fsam") return Flatness::fsam(v[0], v[1]);
+    if (name == "looksam") return Flatness::looksam(every, v[1]);
+    if (name == "samo") return Flatness::samo(v[0], v[1]);
+    return Flatness::sgsu(v[0]);
+  }
+
   flatmtl::FlatMTLOptions options() const {
     flatmtl::FlatMTLOptions result;
     const auto name = get<std::string>("aggregator");
     const auto values = doubles(in.at("values"));
     result.aggregator(name == "gradvac" ? flatmtl::Aggregator::gradvac(values[0]) : flatmtl::Aggregator(name, values))
         .rho({get<double>("rho_shared"), get<double>("rho_task")})
+        .flat(flatness())
         .adaptive(get<bool>("adaptive"))
-        .eta(get<double>("eta"))
         .norm(get<std::string>("norm"))
-        .combine(get<std::string>("combine"))
         .family_scale(get<std::string>("family_scale"))
         .replay_rng(get<bool>("replay_rng"))
         .m_sharpness(get<bool>("m_sharpness"))
+        .accumulate(get<std::string>("accumulate"))
         .seed(get<int64_t>("seed"));
+    if (get<int64_t>("every") > 0) result.every(get<int64_t>("every"));
+    if (get<double>("eta") >= 0.0) result.eta(get<double>("eta"));
+    if (!get<std::string>("combine").empty()) result.combine(get<std::string>("combine"));
     if (get<double>("max_norm") > 0.0) result.max_norm(get<double>("max_norm"));
     if (!get<std::string>("weighting").empty())
       result.weighting(flatmtl::Weighting(get<std::string>("weighting"), doubles(in.at("weighting_values"))));

@@ -24,11 +24,12 @@ pytestmark = [
 ]
 
 DEFAULTS: dict[str, Any] = {
-    "aggregator": "cagrad", "values": [], "rho_shared": 0.05, "rho_task": 0.05, "adaptive": False, "eta": 0.0,
-    "norm": "separate", "combine": "decomposed", "family_scale": "rms", "replay_rng": True, "seed": 0,
+    "aggregator": "cagrad", "values": [], "rho_shared": 0.05, "rho_task": 0.05, "adaptive": False, "eta": -1.0,
+    "norm": "separate", "combine": "", "family_scale": "rms", "replay_rng": True, "seed": 0,
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
     "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
-    "max_norm": 0.0, "weighting": "", "weighting_values": [],
+    "max_norm": 0.0, "weighting": "", "weighting_values": [], "flat": "fmtl", "flat_values": [], "every": 0,
+    "accumulate": "auto",
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,98 @@ RUNS: dict[str, dict[str, Any]] = {
     "slaw": {"weighting": "slaw", "weighting_values": [0.5], "micro": 2, "m_sharpness": True, "absent": True},
     "bmtl": {"weighting": "bmtl", "weighting_values": [2.0], "combine": "each"},
     "emtl": {"weighting": "emtl", "weighting_values": [3.0], "dtype": torch.float64},
+    "sam": {"flat": "sam", "dropout": 0.3, "batch_norm": True, "absent": True},
+    "sam, joint, sum": {"flat": "sam", "aggregator": "sum", "norm": "joint", "rho_shared": 0.2, "rho_task": 0.2},
+    "sam, direct": {"flat": "sam", "combine": "direct", "dropout": 0.3, "batch_norm": True, "absent": True},
+    "sam, direct, one closure a task": {"flat": "sam", "combine": "direct", "form": "closures", "absent": True},
+    "sam, direct, shared given": {"flat": "sam", "combine": "direct", "give_shared": True, "form": "stack"},
+    "sam, direct, micro-batches": {"flat": "sam", "combine": "direct", "micro": 4, "absent": True, "dropout": 0.2},
+    "sam, direct, m-sharpness": {
+        "flat": "sam",
+        "combine": "direct",
+        "micro": 4,
+        "m_sharpness": True,
+        "absent": True,
+        "aggregator": "mgda",
+    },
+    "sam, m-sharpness, weighting": {
+        "flat": "sam",
+        "micro": 3,
+        "m_sharpness": True,
+        "absent": True,
+        "weighting": "uw",
+        "max_norm": 0.3,
+    },
+    "sam, direct, weighting": {"flat": "sam", "combine": "direct", "weighting": "dwa", "absent": True},
+    "sam, closure with a task": {"flat": "sam", "form": "task", "aggregator": "imtl_g", "absent": True},
+    "asam": {"flat": "asam", "rho_shared": 0.5, "rho_task": 0.5},
+    "asam, direct, eta": {"flat": "asam", "eta": 0.1, "combine": "direct", "norm": "joint", "dtype": torch.float64},
+    "gsam": {"flat": "gsam", "batch_norm": True, "absent": True},
+    "gsam, direct, weighting": {
+        "flat": "gsam",
+        "flat_values": [0.2],
+        "combine": "direct",
+        "weighting": "gls",
+        "max_norm": 0.4,
+    },
+    "gsam, second, micro-batches": {"flat": "gsam", "combine": "second", "micro": 2, "absent": True},
+    "gsam, bfloat16": {"flat": "gsam", "dtype": torch.bfloat16, "lr": 0.02, "momentum": 0.0},
+    "wsam": {"flat": "wsam", "flat_values": [0.7], "dropout": 0.2, "absent": True},
+    "wsam, direct, m-sharpness": {"flat": "wsam", "combine": "direct", "micro": 2, "m_sharpness": True},
+    "wsam, weighting": {"flat": "wsam", "weighting": "slaw", "weighting_values": [0.5], "aggregator": "upgrad"},
+    "fsam": {"flat": "fsam", "batch_norm": True, "dropout": 0.2, "absent": True},
+    "fsam, direct": {"flat": "fsam", "flat_values": [0.5, 0.6], "combine": "direct", "absent": True},
+    "fsam, direct, micro-batches": {"flat": "fsam", "combine": "direct", "micro": 3, "form": "closures"},
+    "fsam, adaptive, weighting": {"flat": "fsam", "adaptive": True, "eta": 0.01, "weighting": "si", "rho_shared": 0.5},
+    "fsam, bfloat16": {"flat": "fsam", "dtype": torch.bfloat16, "lr": 0.02, "momentum": 0.0},
+    "looksam": {"flat": "looksam", "flat_values": [2.0, 0.7], "absent": True},
+    "looksam, every 3": {"flat": "looksam", "every": 3, "dropout": 0.3, "batch_norm": True},
+    "looksam, weighting": {
+        "flat": "looksam",
+        "flat_values": [3.0, 0.3],
+        "weighting": "uw",
+        "weighting_values": [0.1, 0.2],
+        "max_norm": 0.5,
+    },
+    "looksam, a weight of 0": {
+        "flat": "looksam",
+        "flat_values": [2.0, 0.7],
+        "weighting": "fixed",
+        "weighting_values": [0.5, 0.0, 2.0],
+    },
+    "looksam, micro-batches": {"flat": "looksam", "every": 2, "micro": 4, "absent": True, "norm": "joint"},
+    "every 2": {"every": 2, "absent": True, "dropout": 0.3, "batch_norm": True},
+    "every 3, alpha": {"flat_values": [3.0, 0.6], "absent": True, "combine": "each"},
+    "every 2, weighting": {"every": 2, "weighting": "famo", "absent": True, "aggregator": "sum"},
+    "every 2, a weight of 0": {
+        "every": 2,
+        "weighting": "fixed",
+        "weighting_values": [0.5, 0.0, 2.0],
+        "aggregator": "sum",
+        "absent": True,
+    },
+    "every 2, micro-batches": {"every": 2, "micro": 3, "absent": True, "form": "task"},
+    "every 2, one closure a task": {"every": 2, "form": "closures", "combine": "direct", "max_norm": 0.3},
+    "every 4, float64": {"every": 4, "dtype": torch.float64, "aggregator": "mgda"},
+    "samo": {"flat": "samo", "batch_norm": True, "dropout": 0.3, "absent": True, "seed": 3},
+    "samo, decomposed": {"flat": "samo", "flat_values": [0.2, 0.1], "combine": "decomposed", "absent": True},
+    "samo, alpha 1": {"flat": "samo", "flat_values": [1.0, 0.01], "norm": "joint"},
+    "samo, drawn afresh": {"flat": "samo", "replay_rng": False, "dropout": 0.3, "form": "closures"},
+    "samo, micro-batches": {"flat": "samo", "micro": 2, "form": "task", "absent": True, "flat_values": [0.1, 0.05]},
+    "samo, m-sharpness": {"flat": "samo", "micro": 4, "m_sharpness": True, "dropout": 0.2, "absent": True},
+    "samo, weighting": {"flat": "samo", "weighting": "rlw", "adaptive": True, "eta": 0.01, "rho_shared": 0.5},
+    "samo, float64": {"flat": "samo", "dtype": torch.float64, "flat_values": [0.3, 0.01]},
+    "samo, bfloat16": {"flat": "samo", "dtype": torch.bfloat16, "lr": 0.02, "momentum": 0.0},
+    "sgsu": {"flat": "sgsu", "rho_shared": 0.0, "rho_task": 0.0, "absent": True, "batch_norm": True},
+    "sgsu, decomposed": {"flat": "sgsu", "flat_values": [0.1], "combine": "decomposed", "dropout": 0.2},
+    "sgsu, m-sharpness, weighting": {
+        "flat": "sgsu",
+        "flat_values": [0.2],
+        "micro": 3,
+        "m_sharpness": True,
+        "absent": True,
+        "weighting": "gradnorm",
+    },
     "shared given": {"give_shared": True, "batch_norm": True},
     "float64": {"dtype": torch.float64, "batch_norm": True},
     # torch's C++ SGD with momentum rounds differently from the Python one in bfloat16
@@ -207,12 +300,19 @@ class Python:
             return cls(*values[:2], min_losses=values[2:] or None)
         return cls(*[int(v) if f.type == "int" else v for v, f in zip(values, dataclasses.fields(cls), strict=True)])
 
+    def flatness(self) -> flatmtl.flatness.Flatness:
+        cls, values = flatmtl.flatness.FLATNESS[self.s["flat"]], self.s["flat_values"]
+        names = cls.option_names()[: len(values)]
+        return cls(**{k: int(v) if k == "every" else v for k, v in zip(names, values, strict=True)})
+
     def run(self) -> dict[str, list[Tensor]]:
         s = self.s
         sgd = torch.optim.SGD(self.params, lr=s["lr"], momentum=s["momentum"], weight_decay=1e-3)
         optimizer = flatmtl.FlatMTL(
             sgd, aggregator=self.aggregator(), rho=(s["rho_shared"], s["rho_task"]), adaptive=s["adaptive"],
-            eta=s["eta"], norm=s["norm"], combine=s["combine"], replay_rng=s["replay_rng"], seed=s["seed"],
+            eta=None if s["eta"] < 0 else s["eta"], norm=s["norm"], combine=s["combine"] or None,
+            flat=self.flatness(), every=s["every"] or None, accumulate=s["accumulate"],
+            replay_rng=s["replay_rng"], seed=s["seed"],
             family_scale=None if s["family_scale"] == "none" else s["family_scale"],
             shared=self.params[:2] if s["give_shared"] else None, m_sharpness=s["m_sharpness"],
             max_norm=s["max_norm"] or None, weighting=self.weighting(),

@@ -38,9 +38,10 @@ namespace flatmtl {
 // A closure evaluates the model and returns the task losses, without calling backward: a std::vector<torch::Tensor>, a
 // std::array, a torch::OrderedDict or std::map from names to tensors, or one tensor, 1-D or 0-D (one task). An
 // undefined tensor (std::nullopt in a vector of optionals) is a task that is absent from this batch. The closure is
-// called K + 1 times. If it has a parameter, of type std::optional<flatmtl::Task>, that is std::nullopt in the
-// unperturbed pass and the one task wanted in a perturbed pass; the losses of other tasks are then not looked at. Or
-// TaskClosures or NamedTaskClosures: one closure a task, each returning its own loss.
+// called K + 1 times, or as often as the flatness mode needs. If it has a parameter, of type
+// std::optional<flatmtl::Task>, that is std::nullopt in the unperturbed pass and the one task wanted in a perturbed
+// pass; the losses of other tasks are then not looked at. Or TaskClosures or NamedTaskClosures: one closure a task,
+// each returning its own loss.
 //
 // If a step fails before the wrapped optimizer's own update begins (the closure throws, a gradient is not finite),
 // parameters, .grad, optimizer state, buffers of options.modules() and the CPU's random generator are as they were.
@@ -61,8 +62,7 @@ class FlatMTL : public torch::optim::Optimizer {
   explicit FlatMTL(std::shared_ptr<torch::optim::Optimizer> optimizer, FlatMTLOptions options = {})
       : Optimizer(std::vector<torch::optim::OptimizerParamGroup>(), checked(optimizer.get()).defaults().clone()),
         optimizer_(std::move(optimizer)),
-        options_(std::move(options)) {
-    options_.check();
+        options_(options.settled()) {
     if (options_.shared()) {
       roles_.fixed.emplace();
       for (const auto &tensor : *options_.shared()) roles_.fixed->insert(detail::Roles::key(tensor));
@@ -137,6 +137,7 @@ class FlatMTL : public torch::optim::Optimizer {
   const Record &last() const { return last_; }
   // How many steps were made.
   int64_t steps() const { return steps_; }
+  // The options, with those that were left to the flatness mode as they came out.
   const FlatMTLOptions &flat_options() const { return options_; }
   torch::optim::Optimizer &wrapped() { return *optimizer_; }
 
@@ -175,7 +176,7 @@ class FlatMTL : public torch::optim::Optimizer {
   // -- checkpoints --------------------------------------------------------------------------------------------------
 
   // The wrapped optimizer's archive with this one's state beside it, in the entry "flatmtl": number of steps, seed,
-  // tasks, roles, radii, the parameters' shapes, and what the aggregator and the weighting keep.
+  // tasks, roles, radii, the parameters' shapes, and what aggregator, weighting and flatness mode keep.
   void save(torch::serialize::OutputArchive &archive) const override {
     optimizer_->save(archive);
     std::vector<torch::Tensor> params = all_tensors();
@@ -187,9 +188,9 @@ class FlatMTL : public torch::optim::Optimizer {
                         {},
                         {},
                         options_.aggregator().name(),
-                        aggregator_state_,
                         weighting ? weighting->name() : "",
-                        weighting_state_};
+                        options_.flat().name(),
+                        methods_};
     for (const auto &p : params) {
       const auto role = roles_.of.find(detail::Roles::key(p));
       state.roles.push_back(role == roles_.of.end() ? std::nullopt : std::optional<int64_t>(role->second));
@@ -202,30 +203,28 @@ class FlatMTL : public torch::optim::Optimizer {
   }
 
   // Loads what save wrote, or an archive of the wrapped optimizer alone (roles are then found anew). Another version,
-  // or another number of tasks, groups or parameters, another shape, aggregator or weighting: std::runtime_error;
-  // nothing has then changed.
+  // or another number of tasks, groups or parameters, another shape, aggregator, weighting or flatness mode:
+  // std::runtime_error; nothing has then changed.
   void load(torch::serialize::InputArchive &archive) override {
     follow_groups();
     std::optional<detail::State> state;
     torch::serialize::InputArchive own;
     if (archive.try_read("flatmtl", own)) {
       state = detail::State::load(own);
-      state->check(all_tensors(), rhos_.size(), tasks_, options_.aggregator().method(), options_.weighting());
+      state->check(all_tensors(), rhos_.size(), tasks_, options_);
     }
     detail::load_all_or_nothing(*optimizer_, archive);
     steps_ = 0;
     tasks_.reset();
     last_ = Record();
     roles_.of.clear();
-    aggregator_state_ = detail::AggregatorState();
-    weighting_state_ = detail::WeightingState();
+    methods_ = detail::MethodStates();
     after_update_.reset();
     if (!state) return;
     steps_ = state->steps;
     options_.seed(state->seed);
     tasks_ = state->tasks;
-    aggregator_state_ = state->aggregator_state;
-    weighting_state_ = state->weighting_state;
+    methods_ = state->methods;
     const auto params = all_tensors();
     for (size_t i = 0; i < params.size(); ++i)
       if (state->roles[i]) roles_.of[detail::Roles::key(params[i])] = *state->roles[i];
@@ -299,8 +298,7 @@ class FlatMTL : public torch::optim::Optimizer {
     torch::NoGradGuard no_grad;
     follow_groups();
     after_update_.reset();
-    auto step = std::make_shared<detail::Step>(parameters_now(), options_, roles_, tasks_, aggregator_state_,
-                                               weighting_state_, steps_);
+    auto step = std::make_shared<detail::Step>(parameters_now(), options_, roles_, tasks_, methods_, steps_);
     bool skipped = false;
     try {
       step->run(closure);
@@ -321,9 +319,8 @@ class FlatMTL : public torch::optim::Optimizer {
       return step->losses();
     }
     roles_.of = step->new_roles();
-    tasks_ = step->tasks();
-    aggregator_state_ = step->new_state();
-    weighting_state_ = step->new_weighting_state();
+    tasks_ = step->task_names();
+    methods_ = step->methods();
     last_ = step->record();
     ++steps_;
     if (step->keep_for_observation()) after_update_ = step;
@@ -334,19 +331,20 @@ class FlatMTL : public torch::optim::Optimizer {
   torch::Tensor apply() {
     const auto observed = std::move(after_update_);
     torch::Tensor result = optimizer_->step();
-    if (observed) weighting_state_ = observed->observe(weighting_state_);
+    if (observed) methods_.weighting = observed->observe(methods_.weighting);
     return result;
   }
 
   std::vector<detail::Parameter> parameters_now() const {
     std::vector<detail::Parameter> found;
+    size_t index = 0;
     const auto &groups = param_groups();
     for (size_t g = 0; g < groups.size(); ++g)
-      for (size_t i = 0; i < groups[g].params().size(); ++i) {
+      for (size_t i = 0; i < groups[g].params().size(); ++i, ++index) {
         const torch::Tensor &p = groups[g].params()[i];
         if (p.defined() && p.requires_grad())
           found.push_back({p, rhos_[g].shared, rhos_[g].task,
-                           "param_groups[" + std::to_string(g) + "]['params'][" + std::to_string(i) + "]"});
+                           "param_groups[" + std::to_string(g) + "]['params'][" + std::to_string(i) + "]", index});
       }
     if (found.empty()) throw std::runtime_error("no parameter of the optimizer requires grad");
     return found;
@@ -364,8 +362,7 @@ class FlatMTL : public torch::optim::Optimizer {
   std::vector<Rho> rhos_;  // one a group
   detail::Roles roles_;
   std::optional<std::vector<Task>> tasks_;
-  detail::AggregatorState aggregator_state_;
-  detail::WeightingState weighting_state_;
+  detail::MethodStates methods_;                // what they keep
   std::shared_ptr<detail::Step> after_update_;  // what a weighting is to learn from after the next update
   int64_t steps_ = 0;
   Record last_;

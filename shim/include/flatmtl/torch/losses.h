@@ -10,6 +10,7 @@
 #include <vector>
 
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/csrc/autograd/generated/Functions.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/types.h>
@@ -122,6 +123,24 @@ inline std::optional<Edge> follow_element(const Edge &edge) {
   const auto scalars = scalars_of(parents[0], *length);
   if (index < 0 || index >= static_cast<int64_t>(scalars.size())) return std::nullopt;
   return scalars[static_cast<size_t>(index)];
+}
+
+// The leaf tensors that the graph behind an edge reaches.
+inline std::set<const void *> leaves(const Edge &edge) {
+  using torch::autograd::Node;
+  std::set<const void *> found;
+  std::set<const Node *> seen;
+  std::vector<const Node *> todo = {edge.function.get()};
+  while (!todo.empty()) {
+    const Node *node = todo.back();
+    todo.pop_back();
+    if (!seen.insert(node).second) continue;
+    if (const auto *leaf = dynamic_cast<const torch::autograd::AccumulateGrad *>(node))
+      found.insert(leaf->variable.unsafeGetTensorImpl());
+    for (const Edge &input : node->next_edges())
+      if (input.is_valid()) todo.push_back(input.function.get());
+  }
+  return found;
 }
 
 inline void check_differentiable(const std::string &what, const torch::Tensor &value) {

@@ -90,7 +90,7 @@ class Segments {
 // Threads of torch's pool and scratch memory for one call of the C core.
 class Context {
  public:
-  Context(const char *name, int64_t num_tasks) : name_(name) {
+  Context(const char *name, int64_t num_tasks, flatmtl_accumulate accumulate = FLATMTL_ACCUMULATE_AUTO) : name_(name) {
     size_t bytes = 0;
     flatmtl_error error{};
     detail::check(name, flatmtl_workspace_size(static_cast<int32_t>(num_tasks), &bytes, &error), error);
@@ -99,7 +99,7 @@ class Context {
     if (!workspace_)
       throw std::runtime_error(std::string("flatmtl::") + name + ": no memory for a workspace of " +
                                std::to_string(bytes) + " bytes");
-    context_ = {parallel_for, &failed_, workspace_.get(), bytes, FLATMTL_ACCUMULATE_AUTO};
+    context_ = {parallel_for, &failed_, workspace_.get(), bytes, accumulate};
   }
   Context(const Context &) = delete;
   Context &operator=(const Context &) = delete;
@@ -157,9 +157,9 @@ inline void increment_version(const Row &row) {
 }
 
 // G_ij = <x_i, x_j>, (K, K) float64.
-inline torch::Tensor gramian(const std::vector<Row> &rows) {
+inline torch::Tensor gramian(const std::vector<Row> &rows, flatmtl_accumulate accumulate) {
   const auto count = static_cast<int64_t>(rows.size());
-  Context context("gramian", count);
+  Context context("gramian", count, accumulate);
   const Segments segments(rows[0]);
   std::vector<const void *> data;
   const flatmtl_rows matrix = segments.rows(rows, &data);
@@ -170,9 +170,10 @@ inline torch::Tensor gramian(const std::vector<Row> &rows) {
 }
 
 // Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K) float64.
-inline torch::Tensor gramian_pair(const std::vector<Row> &loss_rows, const std::vector<Row> &perturbed_rows) {
+inline torch::Tensor gramian_pair(const std::vector<Row> &loss_rows, const std::vector<Row> &perturbed_rows,
+                                  flatmtl_accumulate accumulate) {
   const auto count = static_cast<int64_t>(loss_rows.size());
-  Context context("gramian_pair", count);
+  Context context("gramian_pair", count, accumulate);
   const Segments segments(loss_rows[0]);
   std::vector<const void *> loss_data, perturbed_data;
   const flatmtl_rows loss = segments.rows(loss_rows, &loss_data);

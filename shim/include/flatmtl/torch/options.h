@@ -12,6 +12,7 @@
 #include <torch/types.h>
 
 #include "aggregator.h"
+#include "flatness.h"
 #include "protect.h"
 #include "weighting.h"
 
@@ -30,17 +31,22 @@ struct FlatMTLOptions {
   TORCH_ARG(Aggregator, aggregator) = "cagrad";
   // A loss weighting in front of the aggregator, a name ("uw") or a Weighting. Alone with aggregator "sum".
   TORCH_ARG(std::optional<Weighting>, weighting);
+  // Where the perturbed gradients are taken, a name ("sam") or a Flatness.
+  TORCH_ARG(Flatness, flat) = "fmtl";
+  // Makes the perturbed passes every so many steps, >= 1: the option of that name of "fmtl" and "looksam".
+  TORCH_ARG(std::optional<int64_t>, every);
   // Radius >= 0 of the perturbation, or a pair {shared, task}. 0 is plain gradient aggregation. FlatMTL::set_rho sets
   // it for one parameter group.
   TORCH_ARG(Rho, rho) = 0.05;
   // ASAM (2102.11600): T^2 g / ||T g|| in place of g / ||g||, with T = |theta| + eta. Wants a larger rho.
   TORCH_ARG(bool, adaptive) = false;
-  // >= 0.
-  TORCH_ARG(double, eta) = 0.0;
+  // >= 0. Unset it is 0, and 0.01 with flat "asam".
+  TORCH_ARG(std::optional<double>, eta);
   // "separate" (the paper): shared and own parameters move rho each. "joint": one norm a task over both.
   TORCH_ARG(std::string, norm) = "separate";
-  // "decomposed" (the paper) A(g) + A(f); "direct" A(s); "second" A(A(g), A(f)); "each" A(r_1 .. r_K).
-  TORCH_ARG(std::string, combine) = "decomposed";
+  // "decomposed" (the paper) A(g) + A(f); "direct" A(s); "second" A(A(g), A(f)); "each" A(r_1 .. r_K). Unset it is the
+  // flatness mode's own: "direct" for samo and sgsu, "decomposed" for the others.
+  TORCH_ARG(std::optional<std::string>, combine);
   // "rms": a family of gradients is divided by its root mean square norm before A and multiplied afterwards; "none":
   // the raw method (None in Python).
   TORCH_ARG(std::string, family_scale) = "rms";
@@ -60,10 +66,13 @@ struct FlatMTLOptions {
   TORCH_ARG(std::string, nonfinite) = "raise";
   // Of the methods that draw; >= 0 and below 2^53.
   TORCH_ARG(int64_t, seed) = 0;
+  // How Gramians are summed (flatmtl_accumulate in flatmtl.h): "auto", in float32 blocks where many rows are long, or
+  // "f64".
+  TORCH_ARG(std::string, accumulate) = "auto";
 
  public:
-  // std::invalid_argument, naming the option.
-  void check() const;
+  // These options with flat, eta and combine as they come out. std::invalid_argument for one out of range, naming it.
+  FlatMTLOptions settled() const;
 };
 
 namespace detail {
@@ -99,14 +108,24 @@ inline flatmtl_family_scale family_scale_number(const std::string &name) {
   return static_cast<flatmtl_family_scale>(choice("family_scale", name, {"none", "rms"}));
 }
 
+inline flatmtl_accumulate accumulate_number(const std::string &name) {
+  return static_cast<flatmtl_accumulate>(choice("accumulate", name, {"auto", "f64"}));
+}
+
 }  // namespace detail
 
-inline void FlatMTLOptions::check() const {
+inline FlatMTLOptions FlatMTLOptions::settled() const {
   detail::check_rho(rho_, "rho");
-  if (!(eta_ >= 0.0 && std::isfinite(eta_)))
-    throw std::invalid_argument("Invalid eta: " + detail::text(eta_) + " (expected a finite number >= 0)");
+  if (eta_ && !(*eta_ >= 0.0 && std::isfinite(*eta_)))
+    throw std::invalid_argument("Invalid eta: " + detail::text(*eta_) + " (expected a finite number >= 0)");
+  FlatMTLOptions result = *this;
+  if (every_) result.flat_ = flat_.with_every(*every_);
+  const bool asam = result.flat_.mode() == Flatness::Mode::asam;
+  result.adaptive_ = adaptive_ || asam;
+  result.eta_ = eta_.value_or(asam ? 0.01 : 0.0);
+  result.combine_ = combine_.value_or(result.flat_.default_combine());
   detail::norm_number(norm_);
-  detail::combine_number(combine_);
+  detail::combine_number(*result.combine_);
   detail::family_scale_number(family_scale_);
   if (max_norm_ && !(*max_norm_ > 0.0 && std::isfinite(*max_norm_)))
     throw std::invalid_argument("Invalid max_norm: " + detail::text(*max_norm_) +
@@ -114,6 +133,11 @@ inline void FlatMTLOptions::check() const {
   detail::choice("nonfinite", nonfinite_, {"raise", "skip"});
   if (seed_ < 0 || seed_ >= int64_t{1} << 53)
     throw std::invalid_argument("Invalid seed: " + std::to_string(seed_) + " (expected an integer in [0, 2^53))");
+  detail::accumulate_number(accumulate_);
+  if (m_sharpness_ && result.flat_.has_state())
+    throw std::invalid_argument("m_sharpness=True: flatness mode " + result.flat_.text() +
+                                " keeps gradients of whole steps");
+  return result;
 }
 
 }  // namespace flatmtl

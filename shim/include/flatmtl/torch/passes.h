@@ -53,41 +53,52 @@ class Passes {
       : closure_(closure), point_(point), options_(options), slots_(slots) {}
 
   // Losses at theta, and g_i, h_i = d loss_i / d (theta, psi_i): means over the micro-batches, not checked for Inf and
-  // NaN.
-  std::vector<TaskState> unperturbed(const Micro &micro) {
-    std::vector<std::vector<TaskState>> parts;
-    for (const size_t m : micro) parts.push_back(unperturbed(m));
+  // NaN. With `summed` one backward gives the gradient of the sum of the losses alone, to be found in `sum`, and what
+  // each loss reaches is read from its graph.
+  std::vector<TaskState> unperturbed(const Micro &micro, bool summed) {
+    std::vector<std::vector<TaskState>> parts, sums;
+    for (const size_t m : micro) {
+      TaskState total;
+      parts.push_back(unperturbed(m, summed ? &total : nullptr));
+      sums.push_back({total});
+    }
     point_.check_unchanged();
+    if (summed) sum_ = mean(sums)[0].grads;
     return mean(parts);
   }
 
-  // Fills `perturbed` and `perturbed_loss` with s_i, t_i where the parameters stand. index: of the task.
-  void perturbed(const Micro &micro, TaskState *state, size_t index) {
-    const Indices reached = state->reached();
+  // One gradient a parameter; empty if no loss was there.
+  const Row &sum() const { return sum_; }
+
+  // Fills `perturbed` and `perturbed_loss` of the states with s_i, t_i where the parameters stand. One closure for all
+  // tasks is called once a micro-batch, whatever the number of states.
+  void perturbed(const Micro &micro, const std::vector<TaskState *> &states) {
     std::vector<std::vector<TaskState>> parts;
-    for (const size_t m : micro) parts.push_back({perturbed(m, *state, index, reached)});
+    for (const size_t m : micro) parts.push_back(perturbed(m, states));
     point_.check_unchanged();
-    const TaskState found = mean(parts)[0];
-    state->perturbed_loss = found.loss;
-    state->perturbed.resize(point_.tensors().size());
-    for (const size_t i : reached)
-      state->perturbed[i] = !found.grads.empty() && found.grads[i].defined() ? found.grads[i] : point_.zeros(i);
-    check_loss(state->task, found.loss, "perturbed");
-    const Row own = point_.row(state->perturbed, state->own);
-    check_norm(point_.sq_norm(own, state->own, false, 0.0), state->task, "perturbed");
+    const std::vector<TaskState> means = mean(parts);
+    for (size_t k = 0; k < states.size(); ++k) {
+      TaskState &state = *states[k];
+      const Row &grads = means[k].grads;
+      state.perturbed_loss = means[k].loss;
+      state.perturbed.assign(point_.tensors().size(), torch::Tensor());
+      for (const size_t i : state.reached)
+        state.perturbed[i] = !grads.empty() && grads[i].defined() ? grads[i] : point_.zeros(i);
+    }
+    for (const TaskState *state : states) check_loss(state->task, state->perturbed_loss, "perturbed");
+    for (const TaskState *state : states) {
+      const Row own = point_.row(state->perturbed, state->own);
+      check_norm(point_.sq_norm(own, state->own, false, 0.0), state->task, "perturbed");
+    }
   }
 
   // The losses alone, as doubles, of the tasks with these places, where the parameters stand: means over the
   // micro-batches of forwards without graphs.
-  std::vector<double> losses_here(const std::vector<int64_t> &at) {
+  std::vector<double> losses_here(const Micro &micro, const std::vector<int64_t> &at) {
     std::vector<std::vector<torch::Tensor>> values(at.size());
     for (const Forward &forward : forwards_) {
-      std::vector<size_t> wanted;  // places in `at`
-      for (size_t k = 0; k < at.size(); ++k)
-        if (forward.has(static_cast<size_t>(at[k]))) wanted.push_back(k);
-      if (wanted.empty()) continue;
-      std::vector<size_t> tasks;
-      for (const size_t k : wanted) tasks.push_back(static_cast<size_t>(at[k]));
+      const std::vector<size_t> wanted = places(forward, at), tasks = of(at, wanted);
+      if (wanted.empty() || std::find(micro.begin(), micro.end(), forward.micro) == micro.end()) continue;
       const auto losses = again(forward, tasks, false);
       for (size_t k = 0; k < wanted.size(); ++k) values[wanted[k]].push_back(losses[k].value);
     }
@@ -95,6 +106,13 @@ class Passes {
     std::vector<double> means;
     for (const auto &found : values) means.push_back(torch::stack(found).mean().item<double>());
     return means;
+  }
+
+  // The numbers of all micro-batches.
+  Micro all() const {
+    Micro result(closure_.batches);
+    for (size_t m = 0; m < result.size(); ++m) result[m] = m;
+    return result;
   }
 
   // The unperturbed losses, detached: means over the micro-batches so far.
@@ -117,7 +135,21 @@ class Passes {
     bool has(size_t task) const { return std::find(tasks.begin(), tasks.end(), task) != tasks.end(); }
   };
 
-  std::vector<TaskState> unperturbed(size_t m) {
+  // Which of the tasks have losses from a forward, as places in the list of them.
+  static std::vector<size_t> places(const Forward &forward, const std::vector<int64_t> &tasks) {
+    std::vector<size_t> found;
+    for (size_t k = 0; k < tasks.size(); ++k)
+      if (forward.has(static_cast<size_t>(tasks[k]))) found.push_back(k);
+    return found;
+  }
+  static std::vector<size_t> of(const std::vector<int64_t> &tasks, const std::vector<size_t> &places) {
+    std::vector<size_t> result;
+    for (const size_t k : places) result.push_back(static_cast<size_t>(tasks[k]));
+    return result;
+  }
+
+  // total, if there is one, takes the gradient of the sum of the losses, and the states none.
+  std::vector<TaskState> unperturbed(size_t m, TaskState *total) {
     TaskLosses container;
     std::vector<TaskState> states;
     if (!closure_.all) {
@@ -127,7 +159,8 @@ class Passes {
         forwards_.push_back({m, i, snapshot(), {}});
         const torch::Tensor value = call([&] { return closure_.each[i].second(m); });
         const auto loss = value.defined() ? std::optional<Loss>(read_loss(task, value)) : std::nullopt;
-        states.push_back(differentiated(task, i, loss, false, true));
+        states.push_back(state_of(task, i, loss, true));
+        differentiate({loss}, &states.back(), total);
         container.tasks.push_back(task);
         container.values.push_back(value);
       }
@@ -135,10 +168,9 @@ class Passes {
       forwards_.push_back({m, 0, snapshot(), {}});
       container = call([&] { return closure_.all(m, std::nullopt); });
       const auto losses = read_losses(container);
-      size_t count = losses.size();
-      while (count > 0 && !losses[count - 1]) --count;
       for (size_t i = 0; i < losses.size(); ++i)
-        states.push_back(differentiated(container.tasks[i], i, losses[i], i + 1 < count, losses.size() == 1));
+        states.push_back(state_of(container.tasks[i], i, losses[i], losses.size() == 1));
+      differentiate(losses, states.data(), total);
     }
     check_form(container, "another micro-batch");
     tasks_ = container.tasks;
@@ -149,11 +181,11 @@ class Passes {
     return states;
   }
 
-  // The state of a task whose loss came from the last forward, with its gradients.
-  TaskState differentiated(const Task &task, size_t index, const std::optional<Loss> &loss, bool retain_graph,
-                           bool alone) {
+  // The state of a task whose loss came from the last forward.
+  TaskState state_of(const Task &task, size_t index, const std::optional<Loss> &loss, bool alone) {
     TaskState state;
     state.task = task;
+    state.index = static_cast<int64_t>(index);
     if (!loss) return state;
     if (!(loss->separable || alone) && !options_.shared())
       throw std::runtime_error(
@@ -162,24 +194,63 @@ class Passes {
           "Return the losses as separate scalars (or torch.stack of them), or name the shared parameters: "
           "FlatMTL(..., shared=...)");
     forwards_.back().tasks.push_back(index);
-    Indices all(point_.tensors().size());
-    for (size_t i = 0; i < all.size(); ++i) all[i] = i;
     state.loss = loss->value;
-    state.grads = gradients(*loss, all, retain_graph);
     return state;
   }
 
-  // The loss of one task and its gradients in one micro-batch, made again where the parameters stand.
-  TaskState perturbed(size_t m, const TaskState &state, size_t index, const Indices &reached) {
-    TaskState found;
-    found.task = state.task;
+  // The gradients of the losses of one forward, one a state, or, if total is given, of their sum, added to it.
+  void differentiate(const std::vector<std::optional<Loss>> &losses, TaskState *states, TaskState *total) const {
+    Indices all(point_.tensors().size());
+    for (size_t i = 0; i < all.size(); ++i) all[i] = i;
+    std::vector<Loss> found;
+    std::vector<TaskState *> with_loss;
+    for (size_t i = 0; i < losses.size(); ++i) {
+      if (!losses[i]) continue;
+      found.push_back(*losses[i]);
+      with_loss.push_back(states + i);
+    }
+    if (found.empty()) return;
+    if (!total) {
+      for (size_t k = 0; k < found.size(); ++k) {
+        with_loss[k]->grads = gradients({found[k]}, all, k + 1 < found.size());
+        with_loss[k]->reached = defined(with_loss[k]->grads);
+      }
+      return;
+    }
+    for (size_t k = 0; k < found.size(); ++k) {
+      const auto reached = leaves(found[k].edge);
+      for (const size_t i : all)
+        if (reached.count(point_.tensors()[i].unsafeGetTensorImpl())) with_loss[k]->reached.push_back(i);
+    }
+    const Row grads = gradients(found, all, false);
+    total->loss = found[0].value.to(torch::kDouble);  // says that there are gradients
+    total->grads.resize(all.size());
+    for (const size_t i : all) {
+      torch::Tensor &sum = total->grads[i];
+      if (grads[i].defined()) sum = sum.defined() ? sum + grads[i] : grads[i];
+    }
+  }
+
+  // Losses and gradients of the states' tasks in one micro-batch, made again where the parameters stand.
+  std::vector<TaskState> perturbed(size_t m, const std::vector<TaskState *> &states) {
+    std::vector<TaskState> found(states.size());
+    std::vector<int64_t> at;
+    for (size_t k = 0; k < states.size(); ++k) {
+      found[k].task = states[k]->task;
+      at.push_back(states[k]->index);
+    }
     for (const Forward &forward : forwards_) {
-      if (forward.micro != m || !forward.has(index)) continue;
-      const Loss loss = again(forward, {index}, true)[0];
-      const Row grads = gradients(loss, reached, false);
-      found.loss = loss.value;
-      found.grads.resize(point_.tensors().size());
-      for (size_t k = 0; k < reached.size(); ++k) found.grads[reached[k]] = grads[k];
+      const std::vector<size_t> wanted = places(forward, at), tasks = of(at, wanted);
+      if (wanted.empty() || forward.micro != m) continue;
+      const auto losses = again(forward, tasks, true);
+      for (size_t j = 0; j < wanted.size(); ++j) {
+        const Indices &reached = states[wanted[j]]->reached;
+        const Row grads = gradients({losses[j]}, reached, j + 1 < wanted.size());
+        TaskState &state = found[wanted[j]];
+        state.loss = losses[j].value;
+        state.grads.resize(point_.tensors().size());
+        for (size_t k = 0; k < reached.size(); ++k) state.grads[reached[k]] = grads[k];
+      }
     }
     return found;
   }
@@ -222,14 +293,18 @@ class Passes {
     form_ = form;
   }
 
-  // d loss / d tensors()[indices], in the layout of the parameters; undefined where not reached.
-  Row gradients(const Loss &loss, const Indices &indices, bool retain_graph) const {
+  // d (sum of the losses) / d tensors()[indices], in the layout of the parameters; undefined where not reached.
+  Row gradients(const std::vector<Loss> &losses, const Indices &indices, bool retain_graph) const {
     if (indices.empty()) return {};
-    const auto &meta = loss.edge.function->input_metadata(loss.edge.input_nr);
-    const auto shape = shape_at(loss.edge).value_or(std::vector<int64_t>());
-    const torch::Tensor root = at::empty(shape, meta.options()), seed = at::full(shape, 1.0, meta.options());
-    torch::autograd::impl::set_gradient_edge(root, loss.edge);
-    Row found = torch::autograd::grad({root}, at(point_.tensors(), indices), {seed}, retain_graph,
+    std::vector<torch::Tensor> roots, seeds;
+    for (const Loss &loss : losses) {
+      const auto &meta = loss.edge.function->input_metadata(loss.edge.input_nr);
+      const auto shape = shape_at(loss.edge).value_or(std::vector<int64_t>());
+      roots.push_back(at::empty(shape, meta.options()));
+      seeds.push_back(at::full(shape, 1.0, meta.options()));
+      torch::autograd::impl::set_gradient_edge(roots.back(), loss.edge);
+    }
+    Row found = torch::autograd::grad(roots, at(point_.tensors(), indices), seeds, retain_graph,
                                       /*create_graph=*/false, /*allow_unused=*/true);
     for (size_t k = 0; k < found.size(); ++k) {
       const torch::Tensor &parameter = point_.tensors()[indices[k]];
@@ -250,6 +325,7 @@ class Passes {
   std::vector<Task> tasks_;  // all of them
   std::vector<TaskLosses> containers_;
   std::string form_;
+  Row sum_;
 };
 
 }  // namespace detail

@@ -19,6 +19,7 @@ struct Parameter {
   torch::Tensor tensor;
   double rho_shared, rho_task;
   std::string name;
+  size_t index;  // among all parameters of the groups, those that need no gradient too
 };
 
 inline Row at(const Row &row, const Indices &places) {
@@ -37,7 +38,9 @@ inline std::vector<Row> at(const std::vector<Row> &rows, const Indices &places) 
 // what is summed over parameters is summed over groups of one dtype, as in the Python package.
 class Point {
  public:
-  explicit Point(std::vector<Parameter> params) : params_(std::move(params)) {
+  // accumulate: how Gramians are summed.
+  Point(std::vector<Parameter> params, flatmtl_accumulate accumulate)
+      : params_(std::move(params)), accumulate_(accumulate) {
     for (size_t i = 0; i < params_.size(); ++i) {
       const torch::Tensor &tensor = params_[i].tensor;
       tensors_.push_back(tensor);
@@ -136,7 +139,7 @@ class Point {
     torch::Tensor total = torch::zeros({count, count}, torch::kDouble);
     for (const auto &group : groups_) {
       const Indices chosen = places(indices, group);
-      if (!chosen.empty()) total.add_(detail::gramian(at(rows, chosen)));
+      if (!chosen.empty()) total.add_(detail::gramian(at(rows, chosen), accumulate_));
     }
     return total;
   }
@@ -147,19 +150,20 @@ class Point {
     torch::Tensor total = torch::zeros({2 * count, 2 * count}, torch::kDouble);
     for (const auto &group : groups_) {
       const Indices chosen = places(indices, group);
-      if (!chosen.empty()) total.add_(detail::gramian_pair(at(loss_rows, chosen), at(perturbed_rows, chosen)));
+      if (!chosen.empty())
+        total.add_(detail::gramian_pair(at(loss_rows, chosen), at(perturbed_rows, chosen), accumulate_));
     }
     return total;
   }
 
-  // saved at the indices = SUM a_i g_i, and + b_i (s_i - g_i) if there are perturbed rows.
-  void combine(const Indices &indices, const std::vector<Row> &loss_rows, const std::vector<Row> &perturbed_rows,
-               const std::vector<double> &loss_weights, const std::vector<double> &flat_weights) {
+  // out = SUM a_i g_i, and + b_i (s_i - g_i) if there are perturbed rows. out: one tensor an index.
+  void combine(const Row &out, const Indices &indices, const std::vector<Row> &loss_rows,
+               const std::vector<Row> &perturbed_rows, const std::vector<double> &loss_weights,
+               const std::vector<double> &flat_weights) const {
     for (const auto &group : groups_) {
       const Indices chosen = places(indices, group);
       if (chosen.empty()) continue;
-      Row target;
-      for (const size_t k : chosen) target.push_back(saved_[indices[k]]);
+      const Row target = at(out, chosen);
       if (perturbed_rows.empty())
         detail::combine(target, at(loss_rows, chosen), loss_weights);
       else
@@ -204,6 +208,7 @@ class Point {
   }
 
   std::vector<Parameter> params_;
+  flatmtl_accumulate accumulate_;
   Row tensors_, saved_, zeros_;
   std::vector<Indices> groups_;  // of one dtype each
   Versions versions_;

@@ -13,10 +13,10 @@
 #include <torch/serialize.h>
 #include <torch/types.h>
 
-#include "aggregator_state.h"
+#include "method_states.h"
+#include "options.h"
 #include "roles.h"
 #include "text.h"
-#include "weighting_state.h"
 
 namespace flatmtl {
 namespace detail {
@@ -29,10 +29,8 @@ struct State {
   std::vector<std::optional<int64_t>> roles;    // one a parameter, in the order of the groups
   std::vector<std::vector<int64_t>> shapes;     // the parameters'
   std::vector<std::pair<double, double>> rhos;  // one a group
-  std::string aggregator;                       // the name of
-  AggregatorState aggregator_state;
-  std::string weighting;  // the name of; empty without one
-  WeightingState weighting_state;
+  std::string aggregator, weighting, flat;      // names; the weighting's is empty without one
+  MethodStates methods;                         // what they keep
 
   void save(torch::serialize::OutputArchive &archive) const {
     archive.write("version", c10::IValue(VERSION));
@@ -59,14 +57,16 @@ struct State {
     archive.write("rho", c10::IValue(radii));
     archive.write("aggregator", c10::IValue(aggregator));
     for (const char *call : CALLS) {
-      const auto found = aggregator_state.calls.find(call);
+      const auto found = methods.aggregator.calls.find(call);
       c10::List<double> values;
-      if (found != aggregator_state.calls.end())
+      if (found != methods.aggregator.calls.end())
         for (const double value : found->second) values.push_back(value);
       archive.write(std::string("aggregator_") + call, c10::IValue(values));
     }
     archive.write("weighting", c10::IValue(weighting));
-    archive.write("weighting_values", c10::IValue(c10::List<double>(weighting_state.values)));
+    archive.write("weighting_values", c10::IValue(c10::List<double>(methods.weighting.values)));
+    archive.write("flat", c10::IValue(flat));
+    methods.flatness.save(archive);
   }
 
   static State load(torch::serialize::InputArchive &archive) {
@@ -102,16 +102,18 @@ struct State {
     state.aggregator = read("aggregator").toStringRef();
     for (const char *call : CALLS) {
       const auto values = read((std::string("aggregator_") + call).c_str()).toDoubleVector();
-      if (!values.empty()) state.aggregator_state.calls[call] = values;
+      if (!values.empty()) state.methods.aggregator.calls[call] = values;
     }
     state.weighting = read("weighting").toStringRef();
-    state.weighting_state.values = read("weighting_values").toDoubleVector();
+    state.methods.weighting.values = read("weighting_values").toDoubleVector();
+    state.flat = read("flat").toStringRef();
+    state.methods.flatness = FlatnessState::load(archive);
     return state;
   }
 
-  // Throws unless this state is one of an optimizer with these parameters, groups and tasks.
+  // Throws unless this state is one of an optimizer with these parameters, groups, tasks and options.
   void check(const std::vector<torch::Tensor> &params, size_t num_groups, const std::optional<std::vector<Task>> &now,
-             flatmtl_method method, const std::optional<Weighting> &weigh) const {
+             const FlatMTLOptions &options) const {
     if (roles.size() != params.size() || shapes.size() != params.size())
       throw std::runtime_error("state_dict['flatmtl']['roles'] is for " + std::to_string(roles.size()) +
                                " parameters, but the optimizer has " + std::to_string(params.size()));
@@ -127,22 +129,29 @@ struct State {
       throw std::runtime_error("state_dict has " + std::to_string(tasks->size()) + " tasks, but the optimizer has " +
                                std::to_string(now->size()));
     const int64_t num_tasks = tasks ? static_cast<int64_t>(tasks->size()) : 0;
-    if (!weighting_state.values.empty()) {
-      if (!weigh || weigh->name() != weighting)
-        throw std::runtime_error("state_dict holds the state of weighting " + quoted(weighting) +
-                                 ", but the optimizer has " + (weigh ? quoted(weigh->name()) : "None"));
-      weighting_state.check(*weigh, num_tasks);
+    if (!methods.weighting.values.empty()) {
+      check_name("weighting", weighting, options.weighting() ? options.weighting()->name() : "");
+      methods.weighting.check(*options.weighting(), num_tasks);
     }
-    if (aggregator_state.calls.empty()) return;
-    if (aggregator != flatmtl_method_name(method))
-      throw std::runtime_error("state_dict holds the state of aggregator " + quoted(aggregator) +
-                               ", but the optimizer has " + quoted(flatmtl_method_name(method)));
-    aggregator_state.check(method, num_tasks);
+    if (!methods.flatness.empty()) {
+      check_name("flat", flat, options.flat().name());
+      methods.flatness.check(options.flat(), num_tasks, params);
+    }
+    if (!methods.aggregator.calls.empty()) {
+      check_name("aggregator", aggregator, options.aggregator().name());
+      methods.aggregator.check(options.aggregator().method(), num_tasks);
+    }
   }
 
  private:
   static constexpr int64_t UNKNOWN = -2;
   static constexpr const char *CALLS[] = {"loss", "flat", "both", "pairs"};
+
+  static void check_name(const std::string &kind, const std::string &saved, const std::string &now) {
+    if (saved != now)
+      throw std::runtime_error("state_dict holds the state of " + kind + " " + quoted(saved) +
+                               ", but the optimizer has " + (now.empty() ? "None" : quoted(now)));
+  }
 
   // The inverse of text().
   static Task task_of(const std::string &written) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -15,21 +16,24 @@ namespace detail {
 // Rows have one tensor a parameter, undefined where the loss does not reach it. Both are means over micro-batches.
 struct TaskState {
   Task task;
+  int64_t index = 0;                     // among all tasks
   torch::Tensor loss;                    // 0-d, detached; undefined if the task is absent
-  Row grads;                             // g_i and h_i; empty without a loss
+  Row grads;                             // g_i and h_i; empty without a loss, and where their sum alone is needed
   Row perturbed;                         // s_i and t_i; empty before the perturbed passes
-  torch::Tensor perturbed_loss;          // undefined before them
-  Indices own;                           // its own parameters
+  torch::Tensor perturbed_loss;          // undefined before them, and where an earlier flat gradient is reused
+  Indices reached;                       // the parameters that the loss reaches
+  Indices own;                           // those that are its own
+  bool reused = false;                   // whether `perturbed` was made from an earlier step's
   double sq_shared = 0.0, sq_own = 0.0;  // squared norms of g_i and h_i, ASAM-weighted if adaptive
-
-  // The parameters that the loss reaches.
-  Indices reached() const {
-    Indices result;
-    for (size_t i = 0; i < grads.size(); ++i)
-      if (grads[i].defined()) result.push_back(i);
-    return result;
-  }
 };
+
+// The places of the gradients that there are.
+inline Indices defined(const Row &grads) {
+  Indices result;
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].defined()) result.push_back(i);
+  return result;
+}
 
 // The mean of those that are defined; undefined if none is.
 inline torch::Tensor mean_of_defined(const std::vector<torch::Tensor> &values) {
@@ -64,8 +68,10 @@ inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &pa
   for (size_t t = 0; t < parts[0].size(); ++t) {
     std::vector<torch::Tensor> losses, perturbed_losses;
     std::vector<Row> grads, perturbed;
+    std::set<size_t> reached;
     for (const auto &part : parts) {
       if (!part[t].loss.defined()) continue;
+      reached.insert(part[t].reached.begin(), part[t].reached.end());
       losses.push_back(part[t].loss);
       perturbed_losses.push_back(part[t].perturbed_loss);
       grads.push_back(part[t].grads);
@@ -73,6 +79,8 @@ inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &pa
     }
     TaskState state;
     state.task = parts[0][t].task;
+    state.index = parts[0][t].index;
+    state.reached.assign(reached.begin(), reached.end());
     if (!losses.empty()) {
       state.loss = mean_of_defined(losses);
       state.perturbed_loss = mean_of_defined(perturbed_losses);
@@ -119,21 +127,27 @@ inline Record empty_record(const std::vector<TaskState> &tasks) {
 
 inline void add_perturbed(Record *record, const std::vector<TaskState> &tasks, const std::vector<int64_t> &present) {
   std::vector<double> values;
-  for (const int64_t i : present) values.push_back(tasks[static_cast<size_t>(i)].perturbed_loss.item<double>());
+  for (const int64_t i : present) {
+    const torch::Tensor &loss = tasks[static_cast<size_t>(i)].perturbed_loss;
+    values.push_back(loss.defined() ? loss.item<double>() : std::nan(""));
+  }
   record->perturbed_losses = spread(torch::tensor(values, torch::kDouble), present, static_cast<int64_t>(tasks.size()));
   record->sharpness = record->perturbed_losses - record->losses;
 }
 
-// A family of gradients of the tasks that are present: Gramian (K, K) and weights.
+// A family of gradients of the tasks that are present: Gramian (K, K) and weights. `apart` is false where the rows of
+// the families were never known one by one; their norms and cosines are then NaN.
 struct Family {
   torch::Tensor gramian;
   const std::vector<double> &weights;
+  bool apart = true;
 };
 
 inline void add_family(torch::Tensor *norms, torch::Tensor *cosine, torch::Tensor *weights, const Family &family,
                        const std::vector<int64_t> &present) {
   const int64_t total = norms->size(0);
-  const torch::Tensor length = family.gramian.diagonal().sqrt(), index = torch::tensor(present);
+  const torch::Tensor squares = family.gramian.diagonal().clamp_min(0.0), index = torch::tensor(present);
+  const torch::Tensor length = family.apart ? squares.sqrt() : undefined(squares.sizes());
   *norms = spread(length, present, total);
   // NaN where a norm is 0.
   cosine->index_put_({index.unsqueeze(1), index}, (family.gramian / (length.unsqueeze(1) * length)).clamp(-1.0, 1.0));
