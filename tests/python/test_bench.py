@@ -344,6 +344,14 @@ def test_a_real_model_is_stepped() -> None:
     assert [out.shape for out in trained.model(trained.x)] == [(2, 10), (2, 10)]
 
 
+def test_long_tables_are_folded() -> None:
+    short = report.Table("t", "A title.", ["a"], [["1"]] * report.LONG)
+    long = report.Table("t", "A title.", ["a"], [["1"]] * (report.LONG + 1))
+    assert short.markdown().startswith("A title.\n\n| a |")
+    assert long.markdown().startswith("<details>\n<summary>A title.</summary>\n\n| a |")
+    assert long.markdown().endswith("| 1 |\n\n</details>")
+
+
 def test_batched_options_are_timed() -> None:
     entry = steps.batched_step(2, 8, Effort(0.0, 1), 1)
     assert list(entry["times"]) == ["batched=False", "batched=True", "batched='passes'"]

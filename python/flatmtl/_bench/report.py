@@ -12,6 +12,7 @@ from .contenders import AUTHORS, LIBMTL, OURS, PYTORCH_OPTIMIZER, REFERENCE, TOR
 from .targets import targets
 
 ORDER = (OURS, REFERENCE, TORCHJD, AUTHORS, LIBMTL, PYTORCH_OPTIMIZER, TORCH)
+LONG = 40  # a document shows a table of more rows folded
 
 
 @dataclasses.dataclass
@@ -26,6 +27,8 @@ class Table:
     def markdown(self) -> str:
         lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
         body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        if len(self.rows) > LONG:
+            return f"<details>\n<summary>{self.title}</summary>\n\n{body}\n\n</details>"
         return f"{self.title}\n\n{body}"
 
 
