@@ -107,7 +107,7 @@ TEST_CASE("A fused multiply-add is rounded once, also where F64 would round it t
   flatmtl_select_isa(before.c_str(), nullptr);
 }
 
-TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or the segments") {
+TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or the segments", "[longest]") {
   const std::string before = flatmtl_isa();
   const int64_t n = LONG;
   std::vector<int64_t> small;
