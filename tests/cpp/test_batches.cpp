@@ -108,6 +108,24 @@ TEST_CASE("m-sharpness: the mean of the gradients at each micro-batch's own poin
   CHECK(close(t.params[0].grad(), expected, 1e-10));
 }
 
+TEST_CASE("Losses and perturbed losses are means over the same micro-batches", "[batches]") {
+  const auto options = flatmtl::FlatMTLOptions().rho(0.3).m_sharpness(true);
+  Regression both(options), alone(options);
+  const Tensors batches = both.x.chunk(2);
+  // The loss and the gradient of the second task are zero in the first micro-batch.
+  const auto losses = [&](const Regression &t, const Tensor &rows) {
+    Tensors values = t.losses(rows);
+    if (rows.data_ptr() == batches[0].data_ptr()) values[1] = values[1] * 0.0;
+    return values;
+  };
+  both.optimizer.backward([&](const Tensor &rows) { return losses(both, rows); }, batches);
+  alone.optimizer.backward([&] { return alone.losses(batches[1]); });
+  const auto &half = both.optimizer.last(), &whole = alone.optimizer.last();
+  CHECK(half.losses[1].item<double>() == Approx(whole.losses[1].item<double>() / 2));
+  CHECK(half.perturbed_losses[1].item<double>() == Approx(whole.perturbed_losses[1].item<double>() / 2));
+  CHECK(half.sharpness[1].item<double>() == Approx(whole.sharpness[1].item<double>() / 2));
+}
+
 TEST_CASE("A task that is absent from some micro-batches takes the mean over the others", "[batches]") {
   Regression whole(flatmtl::FlatMTLOptions().aggregator("sum")), t(flatmtl::FlatMTLOptions().aggregator("sum"));
   const Tensors batches = t.x.chunk(3);

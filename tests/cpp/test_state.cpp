@@ -68,6 +68,20 @@ TEST_CASE("Radii and roles are saved", "[state]") {
   CHECK(saved(other.optimizer).size() == bytes.size());
 }
 
+TEST_CASE("shared() wins over loaded roles", "[state]") {
+  const auto options = [] { return raw(flatmtl::Aggregator::fixed({2.0, 3.0})).rho(0.1); };
+  Quadratics found, given, loaded;
+  const auto named = [&](const Quadratics &q) { return options().shared(Tensors{q.psi[0]}); };
+  torch::optim::SGD first_sgd(found.params(), 0.0), given_sgd(given.params(), 0.0), loaded_sgd(loaded.params(), 0.0);
+  flatmtl::FlatMTL first(first_sgd, options()), other(given_sgd, named(given)), second(loaded_sgd, named(loaded));
+  first.backward([&] { return found.losses(); });
+  other.backward([&] { return given.losses(); });
+  CHECK_FALSE(same_bits(found.theta.grad(), given.theta.grad()));  // shared, and own
+  load(second, saved(first));
+  second.backward([&] { return loaded.losses(); });
+  for (size_t i = 0; i < 3; ++i) CHECK(same_bits(loaded.params()[i].grad(), given.params()[i].grad()));
+}
+
 TEST_CASE("An archive of the wrapped optimizer alone loads", "[state]") {
   Run run;
   run.train(0, 2);

@@ -227,7 +227,7 @@ class FlatMTL : public torch::optim::Optimizer {
     methods_ = state->methods;
     const auto params = all_tensors();
     for (size_t i = 0; i < params.size(); ++i)
-      if (state->roles[i]) roles_.of[detail::Roles::key(params[i])] = *state->roles[i];
+      if (state->roles[i]) roles_.load(params[i], *state->roles[i]);
     for (size_t g = 0; g < rhos_.size(); ++g) rhos_[g] = Rho(state->rhos[g].first, state->rhos[g].second);
   }
 

@@ -25,6 +25,11 @@ struct Roles {
 
   static Key key(const torch::Tensor &tensor) { return tensor.unsafeGetTensorImpl(); }
 
+  // Takes over a saved role. With shared() given, that wins: a role that contradicts it is found anew.
+  void load(const torch::Tensor &tensor, int64_t role) {
+    if (!fixed || (role == SHARED) == (fixed->count(key(tensor)) > 0)) of[key(tensor)] = role;
+  }
+
   // `roles`, after task i's loss has reached the parameters reached[i] too.
   std::unordered_map<Key, int64_t> grown(const std::vector<std::vector<Key>> &reached,
                                          std::unordered_map<Key, int64_t> roles) const {

@@ -61,7 +61,7 @@ inline Row mean_row(const std::vector<Row> &rows) {
   return out;
 }
 
-// Means of losses and gradients over parts of the batch, each task's over the parts where it is present.
+// Means of losses and gradients over parts of the batch, each task's over the parts where it has a loss.
 inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &parts) {
   if (parts.size() == 1) return parts[0];
   std::vector<TaskState> means;
@@ -69,11 +69,14 @@ inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &pa
     std::vector<torch::Tensor> losses, perturbed_losses;
     std::vector<Row> grads, perturbed;
     std::set<size_t> reached;
+    bool perturbed_anywhere = false;
     for (const auto &part : parts) {
       if (!part[t].loss.defined()) continue;
       reached.insert(part[t].reached.begin(), part[t].reached.end());
       losses.push_back(part[t].loss);
-      perturbed_losses.push_back(part[t].perturbed_loss);
+      // Where loss and gradient are zero nothing moves, and there is no perturbed pass.
+      perturbed_losses.push_back(part[t].perturbed_loss.defined() ? part[t].perturbed_loss : part[t].loss);
+      perturbed_anywhere = perturbed_anywhere || part[t].perturbed_loss.defined();
       grads.push_back(part[t].grads);
       perturbed.push_back(part[t].perturbed);
     }
@@ -83,7 +86,7 @@ inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &pa
     state.reached.assign(reached.begin(), reached.end());
     if (!losses.empty()) {
       state.loss = mean_of_defined(losses);
-      state.perturbed_loss = mean_of_defined(perturbed_losses);
+      if (perturbed_anywhere) state.perturbed_loss = mean_of_defined(perturbed_losses);
       state.grads = mean_row(grads);
       state.perturbed = mean_row(perturbed);
     }
