@@ -413,7 +413,8 @@ def test_record(record: dict) -> None:
 def test_tables(record: dict) -> None:
     found = report.tables(record)
     assert {table.name for table in found} == {
-        "machine", "targets", "kernels", "layouts", "solvers", "aggregation", "arithmetic", "models", "memory", "growth",
+        "machine", "targets", "kernels", "layouts", "solvers", "aggregation", "arithmetic", "models", "batched",
+        "memory", "growth",
     }  # fmt: skip
     for table in found:
         assert all(len(row) == len(table.columns) for row in table.rows), table.name
