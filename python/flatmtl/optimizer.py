@@ -94,9 +94,9 @@ class FlatMTL(Optimizer):
             ``combine="direct"``; ``flat="mtcool"`` perturbs the features themselves.
         batched: ``True`` makes the backwards of one forward as a single batched one
             (``torch.autograd.grad(is_grads_batched=True)``); ``"passes"`` also makes the perturbed passes of all tasks
-            as one, under ``torch.vmap`` over K copies of the parameters, of ``flat="fmtl"`` and ``"sgsu"``. Faster for
-            small models and on a GPU; needs a vmap rule for every operation and no ``.item()`` in the closure, and
-            rounds differently in the last bits.
+            as one, under ``torch.vmap`` over K copies of the parameters, of ``flat="fmtl"`` and ``"sgsu"``. Saves
+            calls, not arithmetic: for small models with many tasks, and meant for GPUs; measure. Needs a vmap rule for
+            every operation and no ``.item()`` in the closure, and rounds differently in the last bits.
         m_sharpness: with ``batches``, perturb along the gradient of each micro-batch instead of their mean.
         replay_rng: draw the same random numbers (dropout) in every pass of a step.
         nonfinite: ``"raise"`` :class:`NonFiniteError`, or ``"skip"`` the step: everything is put back, ``.grad`` is

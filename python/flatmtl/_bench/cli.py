@@ -27,7 +27,7 @@ def bench(
         list[Section] | None, typer.Option(help="Sections to run, again for several; all by default.")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More and larger cases: about half an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More and larger cases: about an hour.")] = False,
     json_file: JsonFile = None,
     plots: PlotsFolder = None,
     docs: DocsFile = None,
