@@ -274,7 +274,7 @@ def test_direction_difference_of_known_updates() -> None:
 
 
 def test_what_is_missing_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer", "LibMTL"):
+    for package in ("torchjd", "torchjd.aggregation", "pytorch_optimizer", "LibMTL", "LibMTL.weighting"):
         monkeypatch.setitem(sys.modules, package, None)
     versions = contenders.versions()
     assert versions["torchjd"]["version"] is None
@@ -384,7 +384,7 @@ def test_peak_memory_in_rows() -> None:
     beyond = (peaks[steps.OURS] - peaks[steps.SUM]) / entry["row"]
     assert 2 * 2 - 1.5 <= beyond <= 3 * (2 * 2 + 1)
     narrow = (peaks[steps.NARROW] - peaks[steps.SUM]) / entry["row"]
-    assert narrow <= beyond - 1.0  # of the 2K rows half are left, and one more that is converted
+    assert narrow <= beyond - 0.5  # half of 2K rows, less one that is being converted and what the allocator keeps
 
 
 # -- record, tables, pictures -------------------------------------------------------------------------------------------
