@@ -45,7 +45,7 @@ def losses(
     call: Callable[[], Any], tensors: Sequence[Tensor], stacks: Sequence[Tensor], tasks: Sequence[Task],
     wanted: Sequence[int], *, same_random: bool,
 ) -> Tensor:  # fmt: skip
-    """The losses of the wanted tasks, (n,), with a graph: the k-th where `tensors` have the values `stacks[:, k]`.
+    """The losses of the wanted tasks, (n,), with a graph: the k-th where each tensor has the value `stack[k]`.
 
     Args:
         call: evaluates the closure and gives the container of its losses.

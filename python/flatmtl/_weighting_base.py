@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _ops, _state
+from ._options import CoreMethod
 
 
-class Weighting:
+class Weighting(CoreMethod):
     """Base class. A weighting of the C core is one frozen dataclass here: its fields are the method's options."""
 
     name: ClassVar[str]
@@ -40,20 +40,6 @@ class Weighting:
     def number(self) -> int:
         """The weighting's number in the C core (`flatmtl_weighting` in flatmtl.h) and in `torch.ops.flatmtl`."""
         return _ops.WEIGHTINGS[self.name]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {field: getattr(self, field) for field in self.option_names()}
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
-
-    def option_values(
-        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
-    ) -> list[float]:
-        """The options as the C core takes them; arguments as `Aggregator.option_values`."""
-        return [float(value) for value in self.options.values()]
 
     def fresh_state(self, num_tasks: int) -> Tensor:
         """State of a run that begins: (v * num_tasks,) float64 zeros, v vectors one after another."""

@@ -16,19 +16,20 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _aggregator_state, _ops
+from ._options import CoreMethod
 
 _LARGEST_SEED = 2**53
 _ALIGNED_SCALES = ("min", "median", "rmse")  # in the order of flatmtl.h
 
 
-class Aggregator:
+class Aggregator(CoreMethod):
     """Base class. A method of the C core is one frozen dataclass here: its fields are the method's options."""
 
     name: ClassVar[str]
@@ -37,27 +38,6 @@ class Aggregator:
     def number(self) -> int:
         """The method's number in the C core (`flatmtl_method` in flatmtl.h) and in `torch.ops.flatmtl`."""
         return _ops.METHODS[self.name]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {field: getattr(self, field) for field in self.option_names()}
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
-
-    def option_values(
-        self, num_tasks: int, seed: int = 0, draw: int = 0, present: Sequence[int] | None = None
-    ) -> list[float]:
-        """The options as the C core takes them.
-
-        Args:
-            num_tasks: the number of tasks.
-            seed: seed of methods that draw and have none of their own.
-            draw: number of the draw (of the optimizer's step) for methods that draw.
-            present: the tasks that take part, if not all of them.
-        """
-        return [float(value) for value in self.options.values()]
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
         """Raises ValueError where a loaded state does not fit the number of tasks or the parameters."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from .._options import HasOptions
 
 if TYPE_CHECKING:
     from .._step import Step
     from .._task import TaskState
 
 
-class Flatness:
+class Flatness(HasOptions):
     """Base class. A mode is one frozen dataclass; its fields are its options."""
 
     name: ClassVar[str]
@@ -29,10 +30,6 @@ class Flatness:
     needs_features: ClassVar[bool] = False
     #: What `combine=None` means.
     default_combine: ClassVar[str] = "decomposed"
-
-    @classmethod
-    def option_names(cls) -> list[str]:
-        return [field.name for field in fields(cls)]  # type: ignore[arg-type]
 
     def needs_task_gradients(self, combine: str) -> bool:
         """Whether the g_i are needed one by one. If not, the unperturbed pass makes one backward, of their sum."""
