@@ -23,9 +23,11 @@ STEPS = 4
 K = 2
 
 
-def close(a: nn.Module, b: nn.Module, tolerance: float) -> None:
-    for ours, theirs in zip(values(a), values(b), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+def close(a: nn.Module, b: nn.Module, start: Sequence[Tensor], tolerance: float) -> None:
+    """Both went the same way from `start`: every parameter to `tolerance` of how far it moved, not of its size, which
+    a few steps change by so little that an update of the wrong length would pass."""
+    for ours, theirs, old in zip(values(a), values(b), start, strict=True):
+        assert float((ours - theirs).norm()) <= tolerance * float((theirs - old).norm())
 
 
 def opposed() -> tuple[TwoHeads, TwoHeads]:
@@ -85,6 +87,7 @@ class TwoCalls:
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_sam_in_two_calls(adaptive: bool) -> None:
     model, old = two_heads(tasks=1), two_heads(tasks=1)
+    start = values(model)
     before = TwoCalls(list(old.parameters()), SGD, 0.2, adaptive, lr=0.1, momentum=0.9)
     for step in range(STEPS):
         closure = closure_of(old, *batch(step, 1))
@@ -93,7 +96,7 @@ def test_sam_in_two_calls(adaptive: bool) -> None:
         closure()[0].backward()
         before.second_step()
     train(model, flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.2, adaptive=adaptive), tasks=1)
-    close(model, old, 1e-10)
+    close(model, old, start, 1e-10)
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
@@ -101,6 +104,7 @@ def test_pytorch_optimizers_sam(adaptive: bool) -> None:
     """Summed losses are one task."""
     library = pytest.importorskip("pytorch_optimizer")
     model, old = two_heads(), two_heads()
+    start = values(model)
     before = library.SAM(old.parameters(), SGD, rho=0.2, adaptive=adaptive, lr=0.1, momentum=0.9)
     after = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.2, adaptive=adaptive)
     for step in range(STEPS):
@@ -116,7 +120,7 @@ def test_pytorch_optimizers_sam(adaptive: bool) -> None:
         before.step(closure)
         ours = closure_of(model, *batch(step))
         after.step(lambda ours=ours: torch.stack(ours()).sum().reshape(()))
-    close(model, old, 1e-6)  # theirs adds 1e-12 to the norm, in single precision
+    close(model, old, start, 1e-6)  # theirs adds 1e-12 to the norm, in single precision
 
 
 # -- PCGrad ------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,7 @@ class FlatPCGrad:
 def test_pc_backward(library: str) -> None:
     """Their rows run over the heads too: shared=model. Their mean is taken where all losses reach: the trunk's rate."""
     model, old = opposed()
+    start = values(model)
     if library == "WeiChengTseng":
         before: Any = FlatPCGrad(SGD(old.parameters(), lr=0.1))
     else:
@@ -166,7 +171,7 @@ def test_pc_backward(library: str) -> None:
         before.step()
     cosines = train(model, after, equal_labels)
     assert max(cosines) < 0  # there was something to project
-    close(model, old, 1e-12)
+    close(model, old, start, 1e-12)
 
 
 # -- TorchJD -----------------------------------------------------------------------------------------------------------
@@ -180,15 +185,15 @@ def exactly() -> Any:
 
 
 TORCHJD: dict[str, tuple[Callable[[Any], Any], flatmtl.Aggregator, float, float]] = {
-    # theirs, ours, factor of theirs, tolerance
+    # theirs, ours, factor of theirs, tolerance: wide where theirs iterates (CAGrad, FairGrad) or adds 1e-7 (ExcessMTL)
     "Sum": (lambda a: a.Sum(), flatmtl.Sum(), 1.0, 1e-12),
     "Mean": (lambda a: a.Mean(), flatmtl.Mean(), 1.0, 1e-12),
-    "Constant": (lambda a: a.Constant(torch.tensor([0.3, 2.0]).double()), flatmtl.Fixed([0.3, 2.0]), 1.0, 1e-6),
-    "MGDA": (lambda a: a.MGDA(epsilon=1e-12, max_iters=10000), flatmtl.MGDA(), 1.0, 1e-6),
+    "Constant": (lambda a: a.Constant(torch.tensor([0.3, 2.0], dtype=torch.float64)), flatmtl.Fixed([0.3, 2.0]), 1.0, 1e-12),
+    "MGDA": (lambda a: a.MGDA(epsilon=1e-12, max_iters=10000), flatmtl.MGDA(), 1.0, 1e-10),
     "PCGrad": (lambda a: a.PCGrad(), flatmtl.PCGrad(), 1.0, 1e-12),
     "IMTLG": (lambda a: a.IMTLG(), flatmtl.IMTLG(), 1.0, 1e-10),
     "CAGrad": (lambda a: a.CAGrad(c=C, norm_eps=1e-12), flatmtl.CAGrad(c=C), 1 + C**2, 1e-4),
-    "FairGrad": (lambda a: a.FairGrad(alpha=2.0), flatmtl.FairGrad(alpha=2.0), 1.0, 1e-6),
+    "FairGrad": (lambda a: a.FairGrad(alpha=2.0), flatmtl.FairGrad(alpha=2.0), 1.0, 1e-5),
     "GradVac": (lambda a: a.GradVac(beta=0.5, eps=0.0), flatmtl.GradVac(beta=0.5), 1.0, 1e-10),
     "AlignedMTL": (lambda a: a.AlignedMTL(), flatmtl.AlignedMTL(), 1 / K, 1e-10),
     "AlignedMTL, sum": (
@@ -201,7 +206,7 @@ TORCHJD: dict[str, tuple[Callable[[Any], Any], flatmtl.Aggregator, float, float]
     "DualProj": (lambda a: a.DualProj(projector=exactly()), flatmtl.DualProj(), 1.0, 1e-10),
     "ConFIG": (lambda a: a.ConFIG(), flatmtl.ConFIG(), 1.0, 1e-10),
     "ExcessMTL": (
-        lambda a: a.ExcessMTL(robust_step_size=0.5, n_warmup_steps=1), flatmtl.ExcessMTL(eta=0.5), 1 / K, 1e-5,
+        lambda a: a.ExcessMTL(robust_step_size=0.5, n_warmup_steps=1), flatmtl.ExcessMTL(eta=0.5), 1 / K, 3e-4,
     ),
 }  # fmt: skip
 
@@ -216,6 +221,7 @@ def test_torchjds_mtl_backward(name: str) -> None:
     except ImportError as error:  # of a solver that TorchJD leaves to an extra
         pytest.skip(str(error))
     model, old = opposed()
+    start = values(model)
     optimizer = SGD(old.parameters(), lr=0.1)
     for step in range(STEPS):
         x, y = equal_labels(step)
@@ -228,7 +234,7 @@ def test_torchjds_mtl_backward(name: str) -> None:
     groups = [{"params": model.trunk.parameters(), "lr": 0.1 * factor}, {"params": model.heads.parameters()}]
     after = flatmtl.FlatMTL(SGD(groups, lr=0.1), aggregator=aggregator, rho=0.0, family_scale=None)
     assert max(train(model, after, equal_labels)) < 0
-    close(model, old, tolerance)
+    close(model, old, start, tolerance)
 
 
 # -- LibMTL ------------------------------------------------------------------------------------------------------------
@@ -265,12 +271,12 @@ LIBMTL: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
     # their options, ours, tasks, steps, tolerance
     "EW": ({}, {"aggregator": "sum"}, 3, STEPS, 1e-12),
     "GLS": ({}, {"aggregator": "sum", "weighting": "gls"}, 3, STEPS, 1e-12),
-    "UW": ({}, {"aggregator": "sum", "weighting": flatmtl.UW(lr=RATE)}, 3, STEPS, 1e-10),
+    "UW": ({}, {"aggregator": "sum", "weighting": flatmtl.UW(lr=RATE)}, 3, STEPS, 1e-8),
     "DWA": ({"T": 2.0}, {"aggregator": "sum", "weighting": flatmtl.DWA(epoch=EPOCH)}, 3, 4 * EPOCH, 1e-12),
     "MGDA": ({"mgda_gn": "none"}, {"aggregator": "mgda"}, 2, STEPS, 1e-12),
     "PCGrad": ({}, {"aggregator": "pcgrad"}, 2, STEPS, 1e-12),
     "CAGrad": ({"calpha": C, "rescale": 1}, {"aggregator": flatmtl.CAGrad(c=C)}, 3, STEPS, 1e-4),
-    "IMTL": ({}, {"aggregator": "imtl_g", "weighting": flatmtl.IMTLL(lr=RATE)}, 2, STEPS, 1e-8),
+    "IMTL": ({}, {"aggregator": "imtl_g", "weighting": flatmtl.IMTLL(lr=RATE)}, 2, STEPS, 1e-7),
     "GradVac": ({"beta": 0.0}, {"aggregator": flatmtl.GradVac(beta=0.0)}, 2, STEPS, 1e-10),
 }
 
@@ -279,6 +285,7 @@ LIBMTL: dict[str, tuple[dict[str, Any], dict[str, Any], int, int, float]] = {
 def test_libmtls_weightings(name: str, double: None) -> None:
     theirs, ours, tasks, steps, tolerance = LIBMTL[name]
     model, old = opposed() if tasks == K else (two_heads(tasks=tasks), two_heads(tasks=tasks))
+    start = values(model)
     weighting = libmtl(name, old, tasks)
     optimizer = SGD(old.parameters(), lr=0.1)
     learned = torch.optim.Adam([*weighting.parameters(), nn.Parameter(torch.zeros(1))], lr=RATE)
@@ -295,7 +302,7 @@ def test_libmtls_weightings(name: str, double: None) -> None:
     after = flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1), rho=0.0, family_scale=None, **ours)
     for step in range(steps):
         after.step(closure_of(model, *equal_labels(step, tasks)))
-    close(model, old, tolerance)
+    close(model, old, start, tolerance)
 
 
 # -- nash-mtl's WeightMethods ------------------------------------------------------------------------------------------
@@ -316,6 +323,7 @@ def test_weight_methods_nashmtl() -> None:
     """The shared gradient is clipped there; their weights multiply the heads' gradients too, so they are kept
     out by their learning rate."""
     model, old = two_heads(), two_heads()
+    start = values(model)
     base = SGD(old.trunk.parameters(), lr=0.1)
     for step in range(STEPS):
         losses = closure_of(old, *batch(step))()
@@ -332,7 +340,7 @@ def test_weight_methods_nashmtl() -> None:
     groups = [{"params": model.trunk.parameters()}, {"params": model.heads.parameters(), "lr": 0.0}]
     after = flatmtl.FlatMTL(SGD(groups, lr=0.1), aggregator="nash_mtl", rho=0.0, max_norm=NORM)
     train(model, after)
-    close(model, old, 1e-6)  # clip_grad_norm_ adds 1e-6 to the norm
+    close(model, old, start, 1e-5)  # clip_grad_norm_ adds 1e-6 to the norm
 
 
 # -- the tables of names -----------------------------------------------------------------------------------------------
