@@ -459,8 +459,7 @@ def test_tasks_without_gradients_leave_the_state(combine: str) -> None:
         optimizer.step(lambda: [0.0 * loss for loss in closure()])
     finally:
         torch.use_deterministic_algorithms(False)
-    if combine == "decomposed":  # in the other the gradient of the sum alone is known, and it is zero
-        assert equal(before, optimizer.states["flat"]["mean"])
+    assert equal(before, optimizer.states["flat"]["mean"])
 
 
 @pytest.mark.parametrize("mode", ["fmtl", "sam", "gsam", "fsam", "looksam", "samo", "sgsu"])
@@ -505,6 +504,49 @@ def test_a_zero_loss_counts_as_absent_where_the_gradients_of_the_sum_are_enough(
         assert optimizer.last["weights_loss"][1].isnan()
         assert optimizer.roles.state(list(model.parameters())) == [-1, -1, 0, 0, 1, 1]
         assert model.heads[1].weight.grad is None
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("norm", ["separate", "joint"])
+@pytest.mark.parametrize("combine", ["decomposed", "direct"])
+@pytest.mark.parametrize("absent", [lambda loss: None, lambda loss: loss * 0.0], ids=["None", "zero"])
+def test_the_mean_of_an_absent_tasks_gradients_is_left(absent: Any, combine: str, norm: str) -> None:
+    """The step is that of the other tasks alone, as are their radii, and what only the absent task reaches keeps its
+    mean: its own parameters, and a shared one that this step's other loss leaves out."""
+    results = []
+    for alone in (False, True):
+        model, offset = two_heads(), nn.Parameter(torch.ones(3, dtype=torch.float64))
+        params = [*model.parameters(), offset]
+        optimizer = flatmtl.FlatMTL(
+            SGD(params, lr=LR), flat="fsam", combine=combine, norm=norm, rho=RHO, shared=[model.trunk, offset]
+        )
+
+        def losses(k: int, model: Any = model, offset: Tensor = offset) -> list[Tensor]:
+            x, y = batch(k)
+            one, two = model(x)
+            return [F.cross_entropy(one, y[0]), F.cross_entropy(two + offset, y[1])]
+
+        optimizer.step(lambda: losses(0))
+        kept = [m.clone() for m in optimizer.states["flat"]["mean"][-3:]]
+        if alone:
+            optimizer.tasks = [0]
+        for k in (1, 2):
+            optimizer.step(lambda: losses(k)[:1] if alone else [losses(k)[0], absent(losses(k)[1])])  # noqa: B023
+        assert equal(kept, optimizer.states["flat"]["mean"][-3:])
+        results.append([*values(model), offset.detach(), *optimizer.states["flat"]["mean"]])
+    assert equal(*results)
+
+
+@pytest.mark.parametrize("combine", ["decomposed", "direct"])
+def test_a_zero_loss_with_a_gradient_is_present(combine: str) -> None:
+    results = []
+    for shift in (False, True):
+        model = two_heads()
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters(), lr=LR), flat="fsam", combine=combine, rho=RHO)
+        at = [loss.detach() if shift else 0.0 for loss in closure_of(model, *batch())()]
+        closure = closure_of(model, *batch())
+        optimizer.step(lambda c=closure, at=at: [loss - x for loss, x in zip(c(), at, strict=True)])  # type: ignore[misc]
+        results.append([*values(model), *optimizer.states["flat"]["mean"]])
     assert equal(*results)
 
 

@@ -133,19 +133,34 @@ class FSAM(SAM):
             raise ValueError(f"FSAM: lmbda is {self.lmbda}; it must be in [0, 1]")
 
     def _direction(self, step: Step, row: list[Tensor], own: Sequence[int]) -> list[Tensor]:
-        if not step.present:  # nothing is known of the gradient
+        indices = [*step.shared, *own]
+        absent = self._absent(step, indices, row)
+        if len(absent) == len(indices):  # nothing is known of the gradient
             return row
         old = recalled(step, (step.states.get("flat") or {}).get("mean") or [])
         mean, direction = list(old), []
         with torch.no_grad():
-            for i, g in zip([*step.shared, *own], row, strict=True):
+            for i, g in zip(indices, row, strict=True):
                 g = step.point.wide(i, g)
+                if i in absent:
+                    direction.append(g)
+                    continue
                 g = g / step.loss_scale if step.loss_scale != 1.0 else g
                 m = None if (kept := old[i]) is None else step.point.wide(i, kept)
                 direction.append(g if m is None else torch.sub(g, m, alpha=self.sigma))
                 mean[i] = g.clone() if m is None else torch.lerp(g, m, self.lmbda)
         step.new_states["flat"] = {"name": self.name, "mean": stored(step, mean)}
         return direction
+
+    def _absent(self, step: Step, indices: Sequence[int], row: Sequence[Tensor]) -> set[int]:
+        """The parameters that no task of this step reaches but such whose loss is zero, and whose gradient is too.
+
+        Where a single backward gives the gradient of all tasks, `step.present` does not tell yet who is absent.
+        """
+        present = {i for s in step.present if float(s.loss) != 0.0 for i in s.touched}  # type: ignore[arg-type]
+        return {
+            i for i, g in zip(indices, row, strict=True) if i not in present and step.sq_norm([g], [i], False) == 0.0
+        }
 
     def check_state(self, state: dict[str, Any], num_tasks: int, params: Sequence[Tensor]) -> None:
         _state.row(_state.entry(state, "mean", self._what), f"{self._what}: 'mean'", params)
