@@ -398,7 +398,8 @@ TEST_CASE("Options of flatness modes are checked", "[flatness]") {
   };
   using Options = flatmtl::FlatMTLOptions;
   CHECK(text([] { Flatness("sma"); }) ==
-        "there is no flatness mode 'sma'. Known: 'fmtl', 'sam', 'asam', 'gsam', 'wsam', 'fsam', 'looksam', 'samo', "
+        "there is no flatness mode 'sma'. Did you mean 'sam'? Known: 'fmtl', 'sam', 'asam', 'gsam', 'wsam', 'fsam', "
+        "'looksam', 'samo', "
         "'sgsu'");
   CHECK(text([] { Flatness("mtcool"); }) ==
         "flatness mode 'mtcool' is Python's alone: it perturbs what modules return, by hooks that C++ does not have");

@@ -159,7 +159,8 @@ TEST_CASE("What the weighting keeps is saved, for that weighting alone", "[weigh
 
 TEST_CASE("Options of weightings are checked", "[weightings]") {
   const auto text = [](auto make) { return message<std::invalid_argument>(make); };
-  CHECK(text([] { Weighting("uws"); }).find("there is no weighting 'uws'. Known: 'fixed', 'uw', 'dwa'") == 0);
+  CHECK(text([] { Weighting("uws"); }).find("there is no weighting 'uws'. Did you mean 'uw'? Known: 'fixed', 'uw'") ==
+        0);
   CHECK(text([] { Weighting("fixed"); }).find("weighting 'fixed' needs its option 'values'") == 0);
   CHECK(text([] { Weighting::fixed({1.0, -1.0}); }) == "FixedWeights: values[1] is -1.0; it must be >= 0 and finite");
   CHECK(text([] { Weighting::uw(0.0); }) == "UW: lr is 0.0; it must be positive and finite");

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "close_match.h"
 #include "text.h"
 
 namespace flatmtl {
@@ -18,12 +19,16 @@ namespace detail {
 // methods are, for the message.
 template <typename E>
 E by_name(const char *kind, const std::string &name, const char *(*name_of)(E)) {
-  std::string known;
+  std::vector<std::string> known;
   for (int i = 0; const char *found = name_of(static_cast<E>(i)); ++i) {
     if (name == found) return static_cast<E>(i);
-    known += (i ? ", " : "") + quoted(found);
+    known.emplace_back(found);
   }
-  throw std::invalid_argument(std::string("there is no ") + kind + " " + quoted(name) + ". Known: " + known);
+  const auto close = close_match(name, known);
+  std::string list;
+  for (const auto &each : known) list += (list.empty() ? "" : ", ") + quoted(each);
+  throw std::invalid_argument(std::string("there is no ") + kind + " " + quoted(name) + "." +
+                              (close ? " Did you mean " + quoted(*close) + "?" : "") + " Known: " + list);
 }
 
 // Throws unless ok. cls: the method's class in Python.
