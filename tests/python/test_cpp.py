@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
     "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
     "max_norm": 0.0, "weighting": "", "weighting_values": [], "flat": "fmtl", "flat_values": [], "every": 0,
-    "accumulate": "auto",
+    "accumulate": "auto", "no_loss": -1,
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -97,6 +97,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "sam, direct, one closure a task": {"flat": "sam", "combine": "direct", "form": "closures", "absent": True},
     "sam, direct, shared given": {"flat": "sam", "combine": "direct", "give_shared": True, "form": "stack"},
     "sam, direct, micro-batches": {"flat": "sam", "combine": "direct", "micro": 4, "absent": True, "dropout": 0.2},
+    "sam, direct, a task without loss": {"flat": "sam", "combine": "direct", "no_loss": 1, "aggregator": "imtl_g"},
+    "a task without loss": {"no_loss": 2},
     "sam, direct, m-sharpness": {
         "flat": "sam",
         "combine": "direct",
@@ -118,6 +120,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "asam": {"flat": "asam", "rho_shared": 0.5, "rho_task": 0.5},
     "asam, direct, eta": {"flat": "asam", "eta": 0.1, "combine": "direct", "norm": "joint", "dtype": torch.float64},
     "gsam": {"flat": "gsam", "batch_norm": True, "absent": True},
+    "gsam, shared given": {"flat": "gsam", "give_shared": True, "batch_norm": True, "weighting": "uw", "absent": True},
     "gsam, direct, weighting": {
         "flat": "gsam",
         "flat_values": [0.2],
@@ -150,9 +153,18 @@ RUNS: dict[str, dict[str, Any]] = {
         "weighting": "fixed",
         "weighting_values": [0.5, 0.0, 2.0],
     },
+    "looksam, weighting, one task": {
+        "flat": "looksam",
+        "every": 3,
+        "weighting": "fixed",
+        "weighting_values": [0.3, 0.7, 1.1],
+        "absent": "all but one",
+    },
+    "looksam, shared given": {"flat": "looksam", "every": 2, "give_shared": True, "batch_norm": True},
     "looksam, micro-batches": {"flat": "looksam", "every": 2, "micro": 4, "absent": True, "norm": "joint"},
     "every 2": {"every": 2, "absent": True, "dropout": 0.3, "batch_norm": True},
     "every 3, alpha": {"flat_values": [3.0, 0.6], "absent": True, "combine": "each"},
+    "every 2, alpha, weighting": {"flat_values": [2.0, 0.6], "weighting": "uw", "weighting_values": [0.1, 0.2]},
     "every 2, weighting": {"every": 2, "weighting": "famo", "absent": True, "aggregator": "sum"},
     "every 2, a weight of 0": {
         "every": 2,
@@ -160,6 +172,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "weighting_values": [0.5, 0.0, 2.0],
         "aggregator": "sum",
         "absent": True,
+    },
+    "every 3, weights of 0 now and then": {
+        "every": 3,
+        "weighting": "stch",
+        "weighting_values": [1e-4, 1.0, 0.0],
+        "aggregator": "sum",
     },
     "every 2, micro-batches": {"every": 2, "micro": 3, "absent": True, "form": "task"},
     "every 2, one closure a task": {"every": 2, "form": "closures", "combine": "direct", "max_norm": 0.3},
@@ -223,7 +241,7 @@ def settings_of(changes: dict[str, Any]) -> dict[str, Any]:
             [list(part) for part in zip(*(t.chunk(s["micro"]) for t in b), strict=True)] for b in s["batches"]
         ]
     if s["absent"]:  # from the first micro-batch alone
-        for batch, task in ((1, 2), (3, 1)):
+        for batch, task in ((1, 2), (3, 1), *([(2, 1), (2, 3)] if s["absent"] == "all but one" else [])):
             first = s["batches"][batch][0] if s["micro"] else s["batches"][batch]
             first[task] = torch.empty(0)
     return s
@@ -252,6 +270,8 @@ class Python:
         if target.numel() == 0:
             return None
         out = F.linear(h.to(w.dtype), w, b)
+        if task == self.s["no_loss"]:
+            return (out * 0.0).sum()
         return F.cross_entropy(out, target) if task == 0 else F.mse_loss(out, target.to(out.dtype))
 
     def all(self, task: int | None = None) -> list[Tensor | None]:

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -43,9 +44,31 @@ inline Products own_products(StepData &step, size_t k) {
   return {pair[0][0].item<double>(), pair[0][1].item<double>(), pair[1][1].item<double>()};
 }
 
+// Gramian of (h, t - h) between different tasks, of the own parameters that several losses reach, which there are with
+// shared() only; undefined without.
+inline torch::Tensor common_products(StepData &step) {
+  std::map<size_t, int> reached;
+  for (const TaskState *state : step.present)
+    for (const size_t i : state->own) ++reached[i];
+  Indices common;
+  for (const auto &[i, times] : reached)
+    if (times > 1) common.push_back(i);
+  if (common.empty()) return {};
+  std::vector<Row> rows, perturbed;
+  for (const TaskState *state : step.present) {
+    rows.push_back(step.point.row(state->grads, common));
+    perturbed.push_back(step.point.row(state->perturbed, common));
+  }
+  const torch::Tensor c = torch::tensor(step.factors, torch::kDouble).repeat(2);
+  const torch::Tensor between = 1.0 - torch::eye(static_cast<int64_t>(rows.size()), torch::kDouble).repeat({2, 2});
+  return step.point.gramian_pair(rows, perturbed, common) * torch::outer(c, c) * between;
+}
+
 // Those of the sums g and f over the present tasks, shared and own parameters together.
-inline Products sums(StepData &step, const torch::Tensor &pair) {
+inline Products sums(StepData &step, torch::Tensor pair) {
   const auto count = static_cast<int64_t>(step.present.size());
+  const torch::Tensor common = common_products(step);
+  if (common.defined()) pair = pair + common;
   const torch::Tensor left = pair.slice(0, 0, count), below = pair.slice(0, count);
   Products result{left.slice(1, 0, count).sum().item<double>(), left.slice(1, count).sum().item<double>(),
                   below.slice(1, count).sum().item<double>()};
