@@ -57,6 +57,8 @@ inline std::vector<Case> options() {
       {"max_norm", option(FlatMTLOptions().max_norm(0.0))},
       {"nonfinite", option(FlatMTLOptions().nonfinite("ignore"))},
       {"seed", option(FlatMTLOptions().seed(-1))},
+      {"rows_dtype", option(FlatMTLOptions().rows_dtype(torch::kFloat))},
+      {"rows_dtype, float16", option(FlatMTLOptions().rows_dtype(torch::kHalf))},
       {"no such aggregator", [] { Aggregator("NashMTL"); }},
       {"no such aggregator, three are close", [] { Aggregator("grad"); }},
       {"no such aggregator, none is close", [] { Aggregator("adam"); }},

@@ -90,6 +90,7 @@ struct Trajectory {
     if (get<double>("max_norm") > 0.0) result.max_norm(get<double>("max_norm"));
     if (!get<std::string>("weighting").empty())
       result.weighting(flatmtl::Weighting(get<std::string>("weighting"), doubles(in.at("weighting_values"))));
+    if (!get<std::string>("rows").empty()) result.rows_dtype(torch::kBFloat16);
     if (norm) result.modules({norm});
     if (get<bool>("give_shared")) result.shared(std::vector<Tensor>{params[0], params[1]});
     return result;

@@ -74,6 +74,8 @@ CASES: dict[str, Callable[[], Any]] = {
     "max_norm": lambda: Tasks(max_norm=0.0),
     "nonfinite": lambda: Tasks(nonfinite="ignore"),
     "seed": lambda: Tasks(seed=-1),
+    "rows_dtype": lambda: Tasks(rows_dtype=torch.float32),
+    "rows_dtype, float16": lambda: Tasks(rows_dtype=torch.float16),
     "no such aggregator": lambda: A.get_aggregator("NashMTL"),
     "no such aggregator, three are close": lambda: A.get_aggregator("grad"),
     "no such aggregator, none is close": lambda: A.get_aggregator("adam"),

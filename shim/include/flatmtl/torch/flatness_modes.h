@@ -112,13 +112,19 @@ inline void reuse(StepData &step, TaskState *state, const Row &orthogonal, doubl
   state->reused = true;
   state->perturbed.assign(v.size(), torch::Tensor());
   for (const size_t i : state->reached)
-    state->perturbed[i] = v[i].defined() ? torch::add(state->grads[i], v[i], factor) : state->grads[i];
+    state->perturbed[i] = v[i].defined()
+                              ? step.point.narrow(i, torch::add(step.point.wide(i, state->grads[i]), v[i], factor))
+                              : state->grads[i];
 }
 
-// v_i = s_i - c g_i.
-inline Row minus(const StepData &step, const TaskState &state, double c) {
+// factor (s_i - c g_i), in the dtype of the rows.
+inline Row orthogonal(const StepData &step, const TaskState &state, double c, double factor = 1.0) {
   Row out(step.point.params().size());
-  for (const size_t i : state.reached) out[i] = torch::sub(state.perturbed[i], state.grads[i], c);
+  for (const size_t i : state.reached) {
+    const torch::Tensor g = step.point.wide(i, state.grads[i]), s = step.point.wide(i, state.perturbed[i]);
+    const torch::Tensor v = torch::sub(s, g, c);
+    out[i] = step.point.narrow(i, factor == 1.0 ? v : v * factor);
+  }
   return out;
 }
 
@@ -176,7 +182,7 @@ inline void finish_fmtl(StepData &step, const torch::Tensor &pair) {
     const Products own = own_products(step, i);
     const Products x = {own.gg + value(i, i), own.gf + value(i, count + i), own.ff + value(count + i, count + i)};
     state.age[k] = 1;
-    state.rows[k] = stored(step, minus(step, task, x.gg > 0.0 ? 1.0 + x.gf / x.gg : 0.0));
+    state.rows[k] = stored(step, orthogonal(step, task, x.gg > 0.0 ? 1.0 + x.gf / x.gg : 0.0));
     state.norm[k] = std::sqrt(x.gg) / factor;
     state.orthogonal_norm[k] = orthogonal_norm(x) / factor;
   }
@@ -192,9 +198,10 @@ inline Row fsam_direction(StepData &step, const Row &row, const Indices &own) {
   Row mean = recalled(step, old.empty() ? Row() : old.rows[0]), direction;
   const Indices indices = StepData::joined(step.shared, own);
   for (size_t k = 0; k < indices.size(); ++k) {
+    const torch::Tensor g = step.point.wide(indices[k], row[k]);
     torch::Tensor &m = mean[indices[k]];
-    direction.push_back(m.defined() ? torch::sub(row[k], m, option(step, "sigma")) : row[k]);
-    m = m.defined() ? torch::lerp(row[k], m, option(step, "lmbda")) : row[k].clone();
+    direction.push_back(m.defined() ? torch::sub(g, m, option(step, "sigma")) : g);
+    m = m.defined() ? torch::lerp(g, m, option(step, "lmbda")) : g.clone();
   }
   step.new_states.flatness = {{stored(step, mean)}, {}, {}, {}};
   return direction;
@@ -207,6 +214,7 @@ inline void perturb_sam(StepData &step) {
   const auto middle = row.begin() + static_cast<std::ptrdiff_t>(step.shared.size());
   const double sq_shared = step.sq_norm(Row(row.begin(), middle), step.shared, step.options.adaptive());
   step.move(row, own, sq_shared, step.sq_norm(Row(middle, row.end()), own, step.options.adaptive()));
+  row.clear();  // memory of a gradient
   step.passes->perturbed(step.micro, step.present);
 }
 
@@ -239,11 +247,9 @@ inline void finish_looksam(StepData &step, const torch::Tensor &pair) {
   FlatnessState state;
   state.rows.resize(step.tasks.size());
   for (size_t k = 0; k < step.present.size(); ++k) {
-    const double factor = step.factors[k];
-    Row row = minus(step, *step.present[k], x.gg > 0.0 ? 1.0 + x.gf / x.gg : 0.0);
-    for (torch::Tensor &tensor : row)
-      if (tensor.defined() && factor != 1.0) tensor = tensor * factor;
-    state.rows[static_cast<size_t>(step.present[k]->index)] = stored(step, row);
+    const TaskState &task = *step.present[k];
+    const Row row = orthogonal(step, task, x.gg > 0.0 ? 1.0 + x.gf / x.gg : 0.0, step.factors[k]);
+    state.rows[static_cast<size_t>(task.index)] = stored(step, row);
   }
   state.age = {1};
   state.orthogonal_norm = {orthogonal_norm(x)};
@@ -300,7 +306,9 @@ inline void perturb_samo(StepData &step) {
     norms.push_back(std::sqrt(step.point.sq_norm({g[k]}, {step.shared[k]}, false, 0.0)));
   for (TaskState *state : step.present) {
     Row direction = samo_direction(step, *state, g, norms);
-    const Row h = at(own_gradients, state->own);
+    Row h = at(own_gradients, state->own);
+    if (option(step, "alpha") != 1.0)  // the direction is then wide
+      for (size_t k = 0; k < h.size(); ++k) h[k] = step.point.wide(state->own[k], h[k]);
     const double sq_shared = step.sq_norm(direction, step.shared, step.options.adaptive());
     const double sq_own = step.sq_norm(h, state->own, step.options.adaptive());
     direction.insert(direction.end(), h.begin(), h.end());

@@ -1,7 +1,8 @@
 // native.h - the C core's kernels on lists of CPU tensors, with torch's threads. Private.
 //
 // A row is a list of T tensors of one dtype. Every tensor is dense, and the t-th of every row has the same shape and
-// strides; the callers see to that. Nothing is copied.
+// strides; the callers see to that. Rows of gradients may be narrower than the parameters they stand beside, as the C
+// core allows it. Nothing is copied.
 #pragma once
 
 #include <algorithm>
@@ -53,37 +54,41 @@ inline int core_dtype(at::ScalarType dtype) {
   }
 }
 
-// The segment table of the first row of a call, which all others must have.
+// The segment table of the first row of a call, which all others must have; the rows of one list are of one dtype.
 class Segments {
  public:
   explicit Segments(const Row &first) {
-    if (!first.empty()) dtype_ = static_cast<flatmtl_dtype>(core_dtype(first[0].scalar_type()));
     for (const auto &tensor : first) lengths_.push_back(tensor.numel());
   }
 
   flatmtl_rows rows(const std::vector<Row> &rows, std::vector<const void *> *data) const {
+    const flatmtl_dtype dtype = rows.empty() ? FLATMTL_F32 : dtype_of(rows[0]);
     for (const auto &row : rows)
-      for (size_t t = 0; t < row.size(); ++t) data->push_back(checked(row, t).const_data_ptr());
-    return {dtype_, static_cast<int32_t>(rows.size()), count(), lengths_.data(), data->data()};
+      for (size_t t = 0; t < row.size(); ++t) data->push_back(checked(row, t, dtype).const_data_ptr());
+    return {dtype, static_cast<int32_t>(rows.size()), count(), lengths_.data(), data->data()};
   }
 
   flatmtl_vector vector(const Row &row, std::vector<void *> *data) const {
-    for (size_t t = 0; t < row.size(); ++t) data->push_back(checked(row, t).mutable_data_ptr());
-    return {dtype_, count(), lengths_.data(), data->data()};
+    const flatmtl_dtype dtype = dtype_of(row);
+    for (size_t t = 0; t < row.size(); ++t) data->push_back(checked(row, t, dtype).mutable_data_ptr());
+    return {dtype, count(), lengths_.data(), data->data()};
   }
 
  private:
   int64_t count() const { return static_cast<int64_t>(lengths_.size()); }
 
-  const torch::Tensor &checked(const Row &row, size_t t) const {
+  static flatmtl_dtype dtype_of(const Row &row) {
+    return row.empty() ? FLATMTL_F32 : static_cast<flatmtl_dtype>(core_dtype(row[0].scalar_type()));
+  }
+
+  const torch::Tensor &checked(const Row &row, size_t t, flatmtl_dtype dtype) const {
     const torch::Tensor &tensor = row[t];
-    if (row.size() != lengths_.size() || tensor.numel() != lengths_[t] || core_dtype(tensor.scalar_type()) != dtype_ ||
+    if (row.size() != lengths_.size() || tensor.numel() != lengths_[t] || core_dtype(tensor.scalar_type()) != dtype ||
         !tensor.is_cpu())
       throw std::logic_error("flatmtl: rows of different shapes or dtypes (a bug, please report it)");
     return tensor;
   }
 
-  flatmtl_dtype dtype_ = FLATMTL_F32;
   std::vector<int64_t> lengths_;
 };
 

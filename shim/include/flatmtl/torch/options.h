@@ -69,6 +69,9 @@ struct FlatMTLOptions {
   // How Gramians are summed (flatmtl_accumulate in flatmtl.h): "auto", in float32 blocks where many rows are long, or
   // "f64".
   TORCH_ARG(std::string, accumulate) = "auto";
+  // torch::kBFloat16 keeps the gradients of float32 parameters in bfloat16 within a step, half of the memory: each is
+  // rounded once, as it comes, and is what is measured and combined, in float32 and double as ever.
+  TORCH_ARG(std::optional<at::ScalarType>, rows_dtype);
 
  public:
   // These options with flat, eta and combine as they come out. std::invalid_argument for one out of range, naming it.
@@ -94,6 +97,14 @@ inline int choice(const char *name, const std::string &value, const std::vector<
   }
   throw std::invalid_argument(std::string("Invalid ") + name + ": " + quoted(value) + " (expected one of " + expected +
                               ")");
+}
+
+inline void check_rows_dtype(std::optional<at::ScalarType> dtype) {
+  if (!dtype || *dtype == at::kBFloat16) return;
+  const char *why = *dtype == at::kHalf ? "; float16 holds nothing above 65504 and rounds to multiples of 6e-8, too "
+                                          "little for gradients"
+                                        : "";
+  throw std::invalid_argument("Invalid rows_dtype: " + text(*dtype) + " (expected None or torch.bfloat16" + why + ")");
 }
 
 inline flatmtl_norm norm_number(const std::string &name) {
@@ -134,6 +145,7 @@ inline FlatMTLOptions FlatMTLOptions::settled() const {
   if (seed_ < 0 || seed_ >= int64_t{1} << 53)
     throw std::invalid_argument("Invalid seed: " + std::to_string(seed_) + " (expected an integer in [0, 2^53))");
   detail::accumulate_number(accumulate_);
+  detail::check_rows_dtype(rows_dtype_);
   if (m_sharpness_ && result.flat_.has_state())
     throw std::invalid_argument("m_sharpness=True: flatness mode " + result.flat_.text() +
                                 " keeps gradients of whole steps");

@@ -57,6 +57,7 @@ class Passes {
   // each loss reaches is read from its graph.
   std::vector<TaskState> unperturbed(const Micro &micro, bool summed) {
     std::vector<std::vector<TaskState>> parts, sums;
+    narrow_at_once_ = micro.size() == 1 && !summed;  // else sums and means are still to be taken
     for (const size_t m : micro) {
       TaskState total;
       parts.push_back(unperturbed(m, summed ? &total : nullptr));
@@ -64,7 +65,12 @@ class Passes {
     }
     point_.check_unchanged();
     if (summed) sum_ = mean(sums)[0].grads;
-    return mean(parts);
+    std::vector<TaskState> states = mean(parts);
+    parts.clear();  // so that narrowing frees what is wide
+    sums.clear();
+    point_.narrow(&sum_);
+    for (TaskState &state : states) point_.narrow(&state.grads);
+    return states;
   }
 
   // One gradient a parameter; empty if no loss was there.
@@ -74,16 +80,20 @@ class Passes {
   // tasks is called once a micro-batch, whatever the number of states.
   void perturbed(const Micro &micro, const std::vector<TaskState *> &states) {
     std::vector<std::vector<TaskState>> parts;
+    narrow_at_once_ = micro.size() == 1;
     for (const size_t m : micro) parts.push_back(perturbed(m, states));
     point_.check_unchanged();
-    const std::vector<TaskState> means = mean(parts);
+    std::vector<TaskState> means = mean(parts);
+    parts.clear();  // so that narrowing frees what is wide
     for (size_t k = 0; k < states.size(); ++k) {
       TaskState &state = *states[k];
-      const Row &grads = means[k].grads;
+      Row &grads = means[k].grads;
+      point_.narrow(&grads);
       state.perturbed_loss = means[k].loss;
       state.perturbed.assign(point_.tensors().size(), torch::Tensor());
       for (const size_t i : state.reached)
         state.perturbed[i] = !grads.empty() && grads[i].defined() ? grads[i] : point_.zeros(i);
+      grads.clear();
     }
     for (const TaskState *state : states) check_loss(state->task, state->perturbed_loss, "perturbed");
     for (const TaskState *state : states) {
@@ -293,7 +303,8 @@ class Passes {
     form_ = form;
   }
 
-  // d (sum of the losses) / d tensors()[indices], in the layout of the parameters; undefined where not reached.
+  // d (sum of the losses) / d tensors()[indices], in the layout of the parameters, narrowed if that is the time for it;
+  // undefined where not reached.
   Row gradients(const std::vector<Loss> &losses, const Indices &indices, bool retain_graph) const {
     if (indices.empty()) return {};
     std::vector<torch::Tensor> roots, seeds;
@@ -313,6 +324,7 @@ class Passes {
         throw std::runtime_error("gradient of parameter " + point_.params()[indices[k]].name +
                                  " is sparse; dense gradients are required");
       if (found[k].strides() != parameter.strides()) found[k] = torch::empty_like(parameter).copy_(found[k]);
+      if (narrow_at_once_) found[k] = point_.narrow(indices[k], found[k]);
     }
     return found;
   }
@@ -326,6 +338,7 @@ class Passes {
   std::vector<TaskLosses> containers_;
   std::string form_;
   Row sum_;
+  bool narrow_at_once_ = false;
 };
 
 }  // namespace detail

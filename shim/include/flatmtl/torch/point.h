@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -35,12 +36,13 @@ inline std::vector<Row> at(const std::vector<Row> &rows, const Indices &places) 
 }
 
 // Where the parameters stand: at theta, or moved to a perturbed point. Rows have one tensor for each of some indices;
-// what is summed over parameters is summed over groups of one dtype, as in the Python package.
+// what is summed over parameters is summed over groups of one dtype, as in the Python package. With rows_dtype rows of
+// gradients of float32 parameters are kept in that dtype (`narrow`), unless `keep_wide` puts it off.
 class Point {
  public:
   // accumulate: how Gramians are summed.
-  Point(std::vector<Parameter> params, flatmtl_accumulate accumulate)
-      : params_(std::move(params)), accumulate_(accumulate) {
+  Point(std::vector<Parameter> params, flatmtl_accumulate accumulate, std::optional<at::ScalarType> rows_dtype)
+      : params_(std::move(params)), accumulate_(accumulate), rows_dtype_(rows_dtype) {
     for (size_t i = 0; i < params_.size(); ++i) {
       const torch::Tensor &tensor = params_[i].tensor;
       tensors_.push_back(tensor);
@@ -114,11 +116,24 @@ class Point {
     return result;
   }
 
-  // Zeros like parameter i; not to be written to.
+  // Zeros like a row at parameter i; not to be written to.
   const torch::Tensor &zeros(size_t i) {
-    if (!zeros_[i].defined()) zeros_[i] = torch::zeros_like(tensors_[i]);
+    if (!zeros_[i].defined() || zeros_[i].scalar_type() != row_dtype(i))
+      zeros_[i] = torch::zeros_like(tensors_[i], row_dtype(i));
     return zeros_[i];
   }
+
+  // A gradient of parameter i as rows are kept: rounded once, to nearest, where they are narrower.
+  torch::Tensor narrow(size_t i, const torch::Tensor &gradient) const { return gradient.to(row_dtype(i)); }
+  // The same for each entry of a row that has one a parameter, one after another, so that what is wide is freed.
+  void narrow(Row *row) const {
+    for (size_t i = 0; i < row->size(); ++i)
+      if ((*row)[i].defined()) (*row)[i] = narrow(i, (*row)[i]);
+  }
+  // A gradient of parameter i in the dtype of the parameter, to compute with.
+  torch::Tensor wide(size_t i, const torch::Tensor &gradient) const { return gradient.to(tensors_[i].scalar_type()); }
+
+  bool keep_wide = false;  // while means are still to be taken
 
   // Squared norm of a row; with `adaptive` that of (|saved| + eta) row.
   double sq_norm(const Row &row, const Indices &indices, bool adaptive, double eta) const {
@@ -172,6 +187,11 @@ class Point {
   }
 
  private:
+  at::ScalarType row_dtype(size_t i) const {
+    const at::ScalarType dtype = tensors_[i].scalar_type();
+    return dtype == at::kFloat && !keep_wide ? rows_dtype_.value_or(dtype) : dtype;
+  }
+
   static void check_parameter(const Parameter &p, const torch::Tensor &copy) {
     const std::string what = "parameter " + p.name + " is ";
     if (!p.tensor.is_floating_point())
@@ -209,6 +229,7 @@ class Point {
 
   std::vector<Parameter> params_;
   flatmtl_accumulate accumulate_;
+  std::optional<at::ScalarType> rows_dtype_;
   Row tensors_, saved_, zeros_;
   std::vector<Indices> groups_;  // of one dtype each
   Versions versions_;

@@ -49,11 +49,18 @@ class Step : private StepData {
       gradients(all);
     } else {
       std::vector<std::vector<TaskState>> parts;
+      point.keep_wide = true;
       for (const size_t m : all) {
         gradients({m});
         parts.push_back(tasks);
       }
       tasks = mean(parts);
+      parts.clear();
+      point.keep_wide = false;
+      for (TaskState &state : tasks) {
+        point.narrow(&state.grads);
+        point.narrow(&state.perturbed);
+      }
       find_roles();
       measure();
     }
@@ -332,7 +339,7 @@ class Step : private StepData {
     for (const size_t i : shared) update_[i] = out[i];
     for (size_t k = 0; k < present.size(); ++k)
       for (const size_t i : present[k]->own) {
-        torch::Tensor gradient = own_update(*present[k], i, p, q);
+        torch::Tensor gradient = point.wide(i, own_update(*present[k], i, p, q));
         if (factors[k] != 1.0) gradient = gradient * factors[k];
         if (update_[i].defined())  // only with shared(): an own parameter that several losses reach
           out[i].add_(gradient);
@@ -345,7 +352,7 @@ class Step : private StepData {
   torch::Tensor own_update(const TaskState &state, size_t i, double p, double q) {
     if (!flat) return state.grads[i];
     const torch::Tensor t = state.perturbed[i].defined() ? state.perturbed[i] : point.zeros(i);
-    return p == 0.0 && q == 1.0 ? t : state.grads[i] * (1.0 + p - q) + t * q;
+    return p == 0.0 && q == 1.0 ? t : point.wide(i, state.grads[i]) * (1.0 + p - q) + point.wide(i, t) * q;
   }
 
   void make_record(const torch::Tensor &pair, const std::vector<double> &weights_loss,

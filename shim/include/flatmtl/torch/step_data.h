@@ -23,7 +23,7 @@ struct StepData {
   StepData(std::vector<Parameter> params, const FlatMTLOptions &options_of_step, const MethodStates &old,
            int64_t number)
       : options(options_of_step),
-        point(std::move(params), accumulate_number(options_of_step.accumulate())),
+        point(std::move(params), accumulate_number(options_of_step.accumulate()), options_of_step.rows_dtype()),
         states(old),
         new_states(old),
         draw(number),
