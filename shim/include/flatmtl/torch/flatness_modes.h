@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -191,17 +192,30 @@ inline void finish_fmtl(StepData &step, const torch::Tensor &pair) {
 
 // -- SAM on the sum of the losses -------------------------------------------------------------------------------------
 
+// The parameters that no task of this step reaches but such whose loss is zero, and whose gradient is too. Where a
+// single backward gives the gradient of all tasks, `present` does not tell yet who is absent.
+inline std::set<size_t> fsam_absent(const StepData &step, const Indices &indices, const Row &row) {
+  std::set<size_t> reached, absent;
+  for (const TaskState *state : step.present)
+    if (state->loss.item<double>() != 0.0) reached.insert(state->reached.begin(), state->reached.end());
+  for (size_t k = 0; k < indices.size(); ++k)
+    if (reached.count(indices[k]) == 0 && step.sq_norm({row[k]}, {indices[k]}, false) == 0.0) absent.insert(indices[k]);
+  return absent;
+}
+
 // FSAM's direction g - sigma m, and the new mean m.
 inline Row fsam_direction(StepData &step, const Row &row, const Indices &own) {
-  if (step.present.empty()) return row;
+  const Indices indices = StepData::joined(step.shared, own);
+  const std::set<size_t> absent = fsam_absent(step, indices, row);
+  if (absent.size() == indices.size()) return row;  // nothing is known of the gradient
   const FlatnessState &old = step.states.flatness;
   Row mean = recalled(step, old.empty() ? Row() : old.rows[0]), direction;
-  const Indices indices = StepData::joined(step.shared, own);
   for (size_t k = 0; k < indices.size(); ++k) {
     const torch::Tensor g = step.point.wide(indices[k], row[k]);
     torch::Tensor &m = mean[indices[k]];
-    direction.push_back(m.defined() ? torch::sub(g, m, option(step, "sigma")) : g);
-    m = m.defined() ? torch::lerp(g, m, option(step, "lmbda")) : g.clone();
+    const bool keep = absent.count(indices[k]) > 0;
+    direction.push_back(keep || !m.defined() ? g : torch::sub(g, m, option(step, "sigma")));
+    if (!keep) m = m.defined() ? torch::lerp(g, m, option(step, "lmbda")) : g.clone();
   }
   step.new_states.flatness = {{stored(step, mean)}, {}, {}, {}};
   return direction;
