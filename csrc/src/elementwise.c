@@ -52,29 +52,34 @@ static void store(const job *job, const double *values, const fm_cursor *cursor,
   }
 }
 
-/* Rows of F32 or F64, all of them at once: the sum stays in registers. */
+/* All rows at once: the sum stays in registers. */
 static void combine_direct(const job *job, const fm_cursor *cursor, int64_t n) {
   const void *g[FM_DIRECT_ROWS], *s[FM_DIRECT_ROWS];
-  const size_t size = fm_dtype_size(job->rows->dtype);
+  const fm_kernels *kernels = job->kernels;
+  const flatmtl_dtype dtype = job->rows->dtype;
+  const size_t size = fm_dtype_size(dtype);
   const int32_t k = job->rows->num_rows;
   const int flat = job->perturbed != NULL;
+  const double *a = job->weights, *b = job->flat_weights;
   for (int32_t i = 0; i < k; i++) {
     g[i] = fm_row_at(job->rows, i, cursor, size);
     if (flat) s[i] = fm_row_at(job->perturbed, i, cursor, size);
   }
-  void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
-  if (job->rows->dtype == FLATMTL_F64) {
-    job->kernels->combine_f64((const double *const *)g, flat ? (const double *const *)s : NULL, job->weights,
-                              job->flat_weights, k, n, out);
+  void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, fm_dtype_size(job->out->dtype));
+  if (dtype == FLATMTL_F64) {
+    kernels->combine_f64((const double *const *)g, flat ? (const double *const *)s : NULL, a, b, k, n, out);
+  } else if (dtype == FLATMTL_F32) {
+    kernels->combine_f32((const float *const *)g, flat ? (const float *const *)s : NULL, a, b, k, n, out);
+  } else if (job->out->dtype == FLATMTL_BF16) {
+    kernels->combine_bf16((const uint16_t *const *)g, flat ? (const uint16_t *const *)s : NULL, a, b, k, n, out);
   } else {
-    job->kernels->combine_f32((const float *const *)g, flat ? (const float *const *)s : NULL, job->weights,
-                              job->flat_weights, k, n, out);
+    kernels->combine_bf16_f32((const uint16_t *const *)g, flat ? (const uint16_t *const *)s : NULL, a, b, k, n, out);
   }
 }
 
 /* Whether rows are combined in registers, all at once. */
 static int is_direct(const flatmtl_rows *rows) {
-  return rows->num_rows <= FM_DIRECT_ROWS && fm_dtype_size(rows->dtype) > 2;
+  return rows->num_rows <= FM_DIRECT_ROWS && rows->dtype != FLATMTL_F16;
 }
 
 /* Some rows at a time: the hardware follows only so many streams. The order of the sum is that of the rows all the
@@ -114,24 +119,29 @@ static void combine_block(const job *job, const fm_cursor *cursor, int64_t n) {
 }
 
 static void perturb_block(const job *job, const fm_cursor *cursor, int64_t n) {
-  const double scale = job->scale[cursor->segment * job->scale_stride];
-  const size_t size = fm_dtype_size(job->saved->dtype);
+  const fm_kernels *kernels = job->kernels;
+  const flatmtl_dtype dtype = job->saved->dtype;
+  const double scale = job->scale[cursor->segment * job->scale_stride], eta = job->eta;
+  const int adaptive = job->adaptive;
+  const size_t size = fm_dtype_size(dtype);
+  const void *from = fm_row_at(job->saved, 0, cursor, size);
+  const void *along = fm_row_at(job->gradient, 0, cursor, fm_dtype_size(job->gradient->dtype));
+  void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
   float saved_wide[FM_BLOCK], gradient_wide[FM_BLOCK];
-  const void *along = widened(job, job->gradient, 0, cursor, n, gradient_wide);
-  if (size > 2) {
-    const void *from = fm_row_at(job->saved, 0, cursor, size);
-    void *out = (void *)(uintptr_t)fm_row_at(job->out, 0, cursor, size);
-    if (job->saved->dtype == FLATMTL_F64) {
-      job->kernels->perturb_f64(from, along, scale, job->adaptive, job->eta, n, out);
-    } else {
-      job->kernels->perturb_f32(from, along, scale, job->adaptive, job->eta, n, out);
-    }
-    return;
-  }
   double moved[FM_BLOCK];
-  const float *saved = widened(job, job->saved, 0, cursor, n, saved_wide);
-  job->kernels->perturb_wide(saved, along, scale, job->adaptive, job->eta, n, moved);
-  store(job, moved, cursor, n);
+  if (job->gradient->dtype == FLATMTL_F16) along = widened(job, job->gradient, 0, cursor, n, gradient_wide);
+  if (dtype == FLATMTL_F64) {
+    kernels->perturb_f64(from, along, scale, adaptive, eta, n, out);
+  } else if (dtype == FLATMTL_F32 && job->gradient->dtype == FLATMTL_BF16) {
+    kernels->perturb_f32_bf16(from, along, scale, adaptive, eta, n, out);
+  } else if (dtype == FLATMTL_F32) {
+    kernels->perturb_f32(from, along, scale, adaptive, eta, n, out);
+  } else if (dtype == FLATMTL_BF16) {
+    kernels->perturb_bf16(from, along, scale, adaptive, eta, n, out);
+  } else {
+    kernels->perturb_wide(widened(job, job->saved, 0, cursor, n, saved_wide), along, scale, adaptive, eta, n, moved);
+    store(job, moved, cursor, n);
+  }
 }
 
 /* Blocks of one segment each, over [begin, end) of the concatenation. */
@@ -155,7 +165,7 @@ static void combine_range(int64_t begin, int64_t end, void *context) {
 
 static void perturb_range(int64_t begin, int64_t end, void *context) {
   const job *job = context;
-  for_blocks(job, begin, end, fm_dtype_size(job->gradient->dtype) > 2 ? INT64_MAX : FM_BLOCK, perturb_block);
+  for_blocks(job, begin, end, job->gradient->dtype != FLATMTL_F16 ? INT64_MAX : FM_BLOCK, perturb_block);
 }
 
 static void copy_block(const job *job, const fm_cursor *cursor, int64_t n) {

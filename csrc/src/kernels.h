@@ -48,7 +48,7 @@ typedef struct fm_kernels {
   void (*sq_scaled_f64)(const double *x, const double *params, double eta, int64_t n, int first, int last,
                         double *lanes, double *out);
 
-  /* out = s - g, widened first. out may be s. */
+  /* out = s - g, widened first. out may be s in F32 and F64. */
   void (*diff_f32)(const float *s, const float *g, int64_t n, float *out);
   void (*diff_f64)(const double *s, const double *g, int64_t n, double *out);
   void (*diff_bf16)(const uint16_t *s, const uint16_t *g, int64_t n, float *out);
@@ -68,6 +68,10 @@ typedef struct fm_kernels {
                       int64_t n, float *out);
   void (*combine_f64)(const double *const *g, const double *const *s, const double *a, const double *b, int32_t k,
                       int64_t n, double *out);
+  void (*combine_bf16)(const uint16_t *const *g, const uint16_t *const *s, const double *a, const double *b, int32_t k,
+                       int64_t n, uint16_t *out);
+  void (*combine_bf16_f32)(const uint16_t *const *g, const uint16_t *const *s, const double *a, const double *b,
+                           int32_t k, int64_t n, float *out);
 
   /* The terms of combine for some of its rows: sum += them, or `sum =` if first. */
   void (*sum_f32)(const float *const *g, const float *const *s, const double *a, const double *b, int32_t k, int first,
@@ -86,6 +90,10 @@ typedef struct fm_kernels {
                       float *out);
   void (*perturb_f64)(const double *saved, const double *gradient, double scale, int adaptive, double eta, int64_t n,
                       double *out);
+  void (*perturb_bf16)(const uint16_t *saved, const uint16_t *gradient, double scale, int adaptive, double eta,
+                       int64_t n, uint16_t *out);
+  void (*perturb_f32_bf16)(const float *saved, const uint16_t *gradient, double scale, int adaptive, double eta,
+                           int64_t n, float *out);
   void (*perturb_wide)(const float *saved, const float *gradient, double scale, int adaptive, double eta, int64_t n,
                        double *out);
 

@@ -21,7 +21,6 @@
 typedef double fm_vd __attribute__((vector_size(8 * FM_WIDTH)));
 typedef double fm_vd_any __attribute__((vector_size(8 * FM_WIDTH), aligned(8), may_alias));
 typedef uint64_t fm_vu __attribute__((vector_size(8 * FM_WIDTH)));
-typedef uint16_t fm_vs __attribute__((vector_size(2 * FM_WIDTH)));
 typedef int64_t fm_vi __attribute__((vector_size(8 * FM_WIDTH)));
 typedef float fm_vh_any __attribute__((vector_size(4 * FM_WIDTH), aligned(4), may_alias));
 typedef float fm_vf __attribute__((vector_size(4 * FM_WIDTH_F32)));
@@ -140,29 +139,84 @@ FM_INLINE fm_vd absolute(fm_vd x) {
   return (fm_vd)((fm_vi)x & ~((fm_vi){0} + INT64_MIN));
 }
 
-/* out = saved + scale t^2 gradient; S is how out is stored. */
-#define FM_DEFINE_PERTURB(NAME, T, TYPE, S, OUT)                                                                      \
-  static void NAME(const TYPE *restrict saved, const TYPE *restrict gradient, double scale, int adaptive, double eta, \
-                   int64_t n, OUT *restrict out) {                                                                    \
-    int64_t p = 0;                                                                                                    \
-    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_UNROLL for (int v = 0; v < 4 * FM_WIDTH; v += FM_WIDTH) {     \
-        const fm_vd x = load_##T(saved + p + v), g = load_##T(gradient + p + v);                                      \
-        if (adaptive) {                                                                                               \
-          const fm_vd t = absolute(x) + eta;                                                                          \
-          store_##S(out + p + v, x + scale * (t * t) * g);                                                            \
-        } else {                                                                                                      \
-          store_##S(out + p + v, x + scale * g);                                                                      \
-        }                                                                                                             \
-      }                                                                                                               \
-    for (; p < n; p++) {                                                                                              \
-      const double x = wide_##T(saved[p]), g = wide_##T(gradient[p]), t = fabs(x) + eta;                              \
-      out[p] = (OUT)(adaptive ? x + scale * (t * t) * g : x + scale * g);                                             \
-    }                                                                                                                 \
+#ifndef FM_ALL
+FM_INLINE int all_lanes(fm_vi mask) {
+  int64_t all = -1;
+  FM_UNROLL for (int l = 0; l < FM_WIDTH; l++) all &= mask[l];
+  return all != 0;
+}
+#define FM_ALL all_lanes
+#endif
+
+#ifndef FM_STORE_HIGH16
+FM_INLINE void store_high16(uint16_t *p, fm_vh_any v) {
+  FM_UNROLL for (int l = 0; l < FM_WIDTH; l++) p[l] = (uint16_t)(as_bits(v[l]) >> 16);
+}
+#define FM_STORE_HIGH16 store_high16
+#endif
+
+/* Any number to BF16 in one rounding, from the bits of the F64: 45 of them go. Numbers below 2^-126 are rounded by an
+ * addition to multiples of 2^-133. */
+static void store_bf16_any(uint16_t *p, fm_vd v) {
+  const fm_vd size = absolute(v);
+  const fm_vu bits = (fm_vu)size;
+  const fm_vi normal = (fm_vi)((bits + ((UINT64_C(1) << 44) - 1) + ((bits >> 45) & 1)) >> 45) - ((1023 - 127) << 7);
+  const fm_vi small = (fm_vi)(size + 0x1p-81) - (fm_vi)((fm_vd){0} + 0x1p-81);
+  const fm_vi is_small = (fm_vi)(size < 0x1p-126), is_large = (fm_vi)(size >= 0x1p128), is_nan = (fm_vi)(size != size);
+  fm_vi half = (small & is_small) | (normal & ~is_small);
+  half = (0x7fc0 & is_nan) | (0x7f80 & is_large) | (half & ~(is_nan | is_large));
+  half |= (fm_vi)(((fm_vu)v >> 48) & 0x8000u);
+  for (int l = 0; l < FM_WIDTH; l++) p[l] = (uint16_t)half[l];
+}
+
+/* A normal number is rounded to 8 bits by adding and subtracting one that is 2^45 times as large, and is an F32 then.
+ * Zeros and subnormal numbers, which may be flushed, Inf and NaN take the long way. */
+FM_INLINE void store_bf16(uint16_t *p, fm_vd v) {
+  const fm_vd size = absolute(v);
+  const fm_vd large = 0x1.8p45 * (fm_vd)((fm_vi)v & INT64_C(0x7ff0000000000000));
+  if (__builtin_expect(FM_ALL((fm_vi)(size >= 0x1p-126) & (fm_vi)(size < 0x1p128)), 1))
+    FM_STORE_HIGH16(p, (fm_vh_any)FM_NARROW((v + large) - large));
+  else
+    store_bf16_any(p, v);
+}
+
+FM_INLINE float narrow_f32(double x) {
+  return (float)x;
+}
+FM_INLINE double narrow_f64(double x) {
+  return x;
+}
+FM_INLINE uint16_t narrow_bf16(double x) {
+  uint16_t out[FM_WIDTH];
+  store_bf16(out, (fm_vd){x});
+  return out[0];
+}
+
+/* out = saved + scale t^2 gradient: T, G and S say how saved and gradient are loaded and out is stored. */
+#define FM_DEFINE_PERTURB(NAME, T, TYPE, G, GRADIENT, S, OUT)                                                     \
+  static void NAME(const TYPE *restrict saved, const GRADIENT *restrict gradient, double scale, int adaptive,     \
+                   double eta, int64_t n, OUT *restrict out) {                                                    \
+    int64_t p = 0;                                                                                                \
+    for (; p + 4 * FM_WIDTH <= n; p += 4 * FM_WIDTH) FM_UNROLL for (int v = 0; v < 4 * FM_WIDTH; v += FM_WIDTH) { \
+        const fm_vd x = load_##T(saved + p + v), g = load_##G(gradient + p + v);                                  \
+        if (adaptive) {                                                                                           \
+          const fm_vd t = absolute(x) + eta;                                                                      \
+          store_##S(out + p + v, x + scale * (t * t) * g);                                                        \
+        } else {                                                                                                  \
+          store_##S(out + p + v, x + scale * g);                                                                  \
+        }                                                                                                         \
+      }                                                                                                           \
+    for (; p < n; p++) {                                                                                          \
+      const double x = wide_##T(saved[p]), g = wide_##G(gradient[p]), t = fabs(x) + eta;                          \
+      out[p] = narrow_##S(adaptive ? x + scale * (t * t) * g : x + scale * g);                                    \
+    }                                                                                                             \
   }
 
-FM_DEFINE_PERTURB(perturb_f32, f32, float, f32, float)
-FM_DEFINE_PERTURB(perturb_f64, f64, double, f64, double)
-FM_DEFINE_PERTURB(perturb_wide, f32, float, f64, double)
+FM_DEFINE_PERTURB(perturb_f32, f32, float, f32, float, f32, float)
+FM_DEFINE_PERTURB(perturb_f64, f64, double, f64, double, f64, double)
+FM_DEFINE_PERTURB(perturb_bf16, bf16, uint16_t, bf16, uint16_t, bf16, uint16_t)
+FM_DEFINE_PERTURB(perturb_f32_bf16, f32, float, bf16, uint16_t, f32, float)
+FM_DEFINE_PERTURB(perturb_wide, f32, float, f32, float, f64, double)
 
 /* How far ahead combinations ask for their rows, in bytes. */
 enum { FM_COMBINE_AHEAD = 512 };
@@ -201,19 +255,19 @@ enum { FM_COMBINE_AHEAD = 512 };
         sum += a[i] * x;                                                                                               \
         if (FLAT) sum += b[i] * (wide_##T(s[i][p]) - x);                                                               \
       }                                                                                                                \
-      out[p] = (OUT)sum;                                                                                               \
+      out[p] = narrow_##S(sum);                                                                                        \
     }                                                                                                                  \
     (void)s;                                                                                                           \
     (void)b;                                                                                                           \
     (void)first;                                                                                                       \
   }
 
-#define FM_DEFINE_COMBINE(T, TYPE)                                                                                 \
-  FM_DEFINE_COMBINE_ONE(combine_loss_##T, T, TYPE, T, TYPE, 0, 0)                                                  \
-  FM_DEFINE_COMBINE_ONE(combine_pair_##T, T, TYPE, T, TYPE, 1, 0)                                                  \
-  static void combine_##T(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, \
-                          int64_t n, TYPE *out) {                                                                  \
-    (s ? combine_pair_##T : combine_loss_##T)(g, s, a, b, k, 1, n, out);                                           \
+#define FM_DEFINE_COMBINE(NAME, T, TYPE, S, OUT)                                                                       \
+  FM_DEFINE_COMBINE_ONE(NAME##_loss, T, TYPE, S, OUT, 0, 0)                                                            \
+  FM_DEFINE_COMBINE_ONE(NAME##_pair, T, TYPE, S, OUT, 1, 0)                                                            \
+  static void NAME(const TYPE *const *g, const TYPE *const *s, const double *a, const double *b, int32_t k, int64_t n, \
+                   OUT *out) {                                                                                         \
+    (s ? NAME##_pair : NAME##_loss)(g, s, a, b, k, 1, n, out);                                                         \
   }
 
 #define FM_DEFINE_SUM(T, TYPE)                                                                                 \
@@ -224,8 +278,10 @@ enum { FM_COMBINE_AHEAD = 512 };
     (s ? sum_pair_##T : sum_loss_##T)(g, s, a, b, k, first, n, sum);                                           \
   }
 
-FM_DEFINE_COMBINE(f32, float)
-FM_DEFINE_COMBINE(f64, double)
+FM_DEFINE_COMBINE(combine_f32, f32, float, f32, float)
+FM_DEFINE_COMBINE(combine_f64, f64, double, f64, double)
+FM_DEFINE_COMBINE(combine_bf16, bf16, uint16_t, bf16, uint16_t)
+FM_DEFINE_COMBINE(combine_bf16_f32, bf16, uint16_t, f32, float)
 FM_DEFINE_SUM(f32, float)
 FM_DEFINE_SUM(f64, double)
 FM_DEFINE_SUM(bf16, uint16_t)
@@ -263,22 +319,13 @@ static void widen_f16(const uint16_t *restrict x, int64_t n, float *restrict out
 FM_DEFINE_DIFF(f32, float, fm_vf, fm_vf_any)
 FM_DEFINE_DIFF(f64, double, fm_vd, fm_vd_any)
 
-/* Elements that are widened or narrowed together, in the first cache. */
-enum { FM_PIECE = 64 };
+static void diff_bf16(const uint16_t *restrict s, const uint16_t *restrict g, int64_t n, float *restrict out) {
+  for (int64_t p = 0; p < n; p++) out[p] = from_bf16(s[p]) - from_bf16(g[p]);
+}
 
-#define FM_DEFINE_DIFF_HALF(T)                                                        \
-  static void diff_##T(const uint16_t *s, const uint16_t *g, int64_t n, float *out) { \
-    float wide[FM_PIECE];                                                             \
-    for (int64_t p = 0; p < n; p += FM_PIECE) {                                       \
-      const int64_t count = n - p < FM_PIECE ? n - p : FM_PIECE;                      \
-      widen_##T(g + p, count, wide);                                                  \
-      widen_##T(s + p, count, out + p);                                               \
-      diff_f32(out + p, wide, count, out + p);                                        \
-    }                                                                                 \
-  }
-
-FM_DEFINE_DIFF_HALF(bf16)
-FM_DEFINE_DIFF_HALF(f16)
+static void diff_f16(const uint16_t *restrict s, const uint16_t *restrict g, int64_t n, float *restrict out) {
+  for (int64_t p = 0; p < n; p++) out[p] = from_f16(s[p]) - from_f16(g[p]);
+}
 
 static void round_f32(const double *restrict x, int64_t n, float *restrict out) {
   for (int64_t p = 0; p < n; p++) out[p] = (float)x[p];
@@ -293,58 +340,10 @@ FM_INLINE uint32_t round_to_odd(double x) {
   return bits + (inexact ? (fabs(back) < fabs(x) ? 1u : 0xffffffffu) : 0u);
 }
 
-/* From the bits of the F64: 45 of them go. Numbers below 2^-126 are rounded by an addition to multiples of 2^-133. */
-FM_INLINE void round_bf16_at(const double *x, uint16_t *out) {
-  const fm_vd value = load_f64(x), size = absolute(value);
-  const fm_vu bits = (fm_vu)size, sign = ((fm_vu)value >> 48) & 0x8000u;
-  const fm_vi normal = (fm_vi)((bits + ((UINT64_C(1) << 44) - 1) + ((bits >> 45) & 1)) >> 45) - ((1023 - 127) << 7);
-  const fm_vi small = (fm_vi)(size + 0x1p-81) - (fm_vi)((fm_vd){0} + 0x1p-81);
-  const fm_vi is_small = (fm_vi)(size < 0x1p-126), is_large = (fm_vi)(normal > 0x7f80),
-              is_nan = (fm_vi)(value != value);
-  fm_vi half = (small & is_small) | (normal & ~is_small);
-  half = (0x7f80 & is_large) | (half & ~is_large);
-  half = (0x7fc0 & is_nan) | (half & ~is_nan) | (fm_vi)sign;
-  const fm_vs narrow = __builtin_convertvector((fm_vu)half, fm_vs);
-  memcpy(out, &narrow, sizeof narrow);
-}
-
-static void round_bf16_each(const double *restrict x, int64_t n, uint16_t *restrict out) {
-  int64_t p = 0;
-  for (; p + FM_WIDTH <= n; p += FM_WIDTH) round_bf16_at(x + p, out + p);
-  double rest[FM_WIDTH] = {0};
-  uint16_t rounded[FM_WIDTH];
-  memcpy(rest, x + p, (size_t)(n - p) * sizeof *x);
-  round_bf16_at(rest, rounded);
-  memcpy(out + p, rounded, (size_t)(n - p) * sizeof *out);
-}
-
-/* Rounding to F32 first has the value of a single rounding, except where it gives the middle between two BF16, which x
- * may be above or below. Subnormal numbers, which may be flushed, and NaN take the long way. */
 static void round_bf16(const double *restrict x, int64_t n, uint16_t *restrict out) {
-  float narrow[FM_PIECE];
-  for (int64_t p = 0; p < n; p += FM_PIECE) {
-    const int count = n - p < FM_PIECE ? (int)(n - p) : FM_PIECE;
-    round_f32(x + p, count, narrow);
-    int32_t middle = 0, small = 0, special = 0;
-    for (int i = 0; i < count; i++) {
-      const uint32_t bits = as_bits(narrow[i]);
-      const int32_t size = (int32_t)(bits & 0x7fffffffu);
-      middle |= (bits & 0xffffu) == 0x8000u;
-      small |= size < 0x00800000;
-      special |= size > 0x7f800000;
-      out[p + i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-    }
-    if (middle)
-      for (int i = 0; i < count; i++) {
-        const uint32_t bits = as_bits(narrow[i]), even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-        const double size = fabs(x[p + i]), back = fabs((double)narrow[i]);
-        const uint32_t nearest = size == back ? even : (bits >> 16) + (size > back);
-        out[p + i] = (uint16_t)((bits & 0xffffu) == 0x8000u ? nearest : even);
-      }
-    if (small)
-      for (int i = 0; i < count; i++) special |= ((as_bits(narrow[i]) & 0x7f800000u) == 0) & (x[p + i] != 0.0);
-    if (special) round_bf16_each(x + p, count, out + p);
-  }
+  int64_t p = 0;
+  for (; p + FM_WIDTH <= n; p += FM_WIDTH) store_bf16(out + p, load_f64(x + p));
+  for (; p < n; p++) out[p] = narrow_bf16(x[p]);
 }
 
 static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict out) {
@@ -361,9 +360,10 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
 #include "kernels_buffers.h"
 
 static const fm_kernels table = {
-    FM_ISA,     gram_f32,   gram_f64,  gram_fast, sq_scaled_f32, sq_scaled_f64, diff_f32,     diff_f64,    diff_bf16,
-    diff_f16,   widen_bf16, widen_f16, round_f32, round_bf16,    round_f16,     combine_f32,  combine_f64, sum_f32,
-    sum_f64,    sum_bf16,   add_f32,   add_f64,   perturb_f32,   perturb_f64,   perturb_wide, ema_f32,     ema_f64,
-    excess_f32, excess_f64, dot,       drop_sums, drop_signs,    drop_add};
+    FM_ISA,      gram_f32,     gram_f64,         gram_fast,        sq_scaled_f32, sq_scaled_f64, diff_f32,  diff_f64,
+    diff_bf16,   diff_f16,     widen_bf16,       widen_f16,        round_f32,     round_bf16,    round_f16, combine_f32,
+    combine_f64, combine_bf16, combine_bf16_f32, sum_f32,          sum_f64,       sum_bf16,      add_f32,   add_f64,
+    perturb_f32, perturb_f64,  perturb_bf16,     perturb_f32_bf16, perturb_wide,  ema_f32,       ema_f64,   excess_f32,
+    excess_f64,  dot,          drop_sums,        drop_signs,       drop_add};
 
 const fm_kernels *const FM_TABLE = &table;
