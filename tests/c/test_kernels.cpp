@@ -203,6 +203,24 @@ TEST_CASE("Every half precision number widens exactly and rounds to the nearest,
   flatmtl_select_isa(before.c_str(), nullptr);
 }
 
+TEST_CASE("What is too large for half precision becomes Inf of its sign") {
+  const std::string before = flatmtl_isa();
+  for (const auto &isa : instruction_sets()) {
+    flatmtl_select_isa(isa.c_str(), nullptr);
+    for (auto dtype : {FLATMTL_F16, FLATMTL_BF16}) {
+      const uint16_t infinity = dtype == FLATMTL_F16 ? 0x7c00 : 0x7f80;
+      std::vector<uint16_t> x, expected;
+      for (int p = 0; p < 67; p++) {  // whole registers and a rest
+        const uint16_t sign = p % 2 ? 0x8000 : 0;
+        x.push_back(static_cast<uint16_t>((p % 3 ? infinity - 1 : infinity) | sign));
+        expected.push_back(static_cast<uint16_t>(infinity | sign));
+      }
+      for (double w : {1.0 + 0x1p-8, 4.0, 0x1p900}) REQUIRE(scaled(dtype, x, w) == expected);
+    }
+  }
+  flatmtl_select_isa(before.c_str(), nullptr);
+}
+
 TEST_CASE("NaN becomes the quiet NaN of its sign") {
   const std::string before = flatmtl_isa();
   for (const auto &isa : instruction_sets()) {
