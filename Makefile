@@ -93,6 +93,11 @@ EXTRAS := $(STAMPS)/bench $(STAMPS)/cli $(STAMPS)/examples $(STAMPS)/test $(STAM
 $(EXTRAS): $(STAMPS)/%: $(STAMPS)/.%-installed $(STAMPS)/package
 	@touch '$@'
 
-$(EXTRAS:$(STAMPS)/%=$(STAMPS)/.%-installed): $(STAMPS)/.%-installed: pyproject.toml | $(STAMPS)/package
+# LibMTL alone: it requires torchvision, in whose newer versions it cannot be imported whole; its weightings need torch and numpy.
+ALONE_bench := LibMTL==1.1.5
+ALONE_test := LibMTL==1.1.5
+
+$(EXTRAS:$(STAMPS)/%=$(STAMPS)/.%-installed): $(STAMPS)/.%-installed: pyproject.toml Makefile | $(STAMPS)/package
 	$(PIP) install --quiet --constraint '$(VENV)/constraints.txt' "$$(echo $(CURDIR)/build/dist/*.whl)[$*]"
+	$(if $(ALONE_$*),$(PIP) install --quiet --no-deps $(ALONE_$*))
 	@touch '$@'
