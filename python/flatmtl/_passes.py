@@ -20,7 +20,7 @@ from ._losses import Closure, Loss, Task
 from ._point import Point
 from ._protect import Buffers, HeldInterrupt, Pass
 from ._sync import Alone
-from ._task import TaskState, check_losses, check_square
+from ._task import Means, TaskState, check_losses, check_square
 
 
 @dataclass(eq=False)
@@ -77,15 +77,15 @@ class Passes:
         what each loss reaches is read from its graph.
         """
         self.sync.enter(len(self.arguments))
-        parts, sums = [], []
         self._narrow_at_once = self._is_final(micro) and not summed
+        means, sums = Means(len(micro)), Means(len(micro))
         for m in micro:
-            sum_of_tasks = TaskState("sum of the losses", -1) if summed else None
-            parts.append(self._unperturbed(m, sum_of_tasks))
-            sums.append([sum_of_tasks])
-        states = TaskState.mean(parts)
-        total = TaskState.mean(sums)[0] if summed else None  # type: ignore[arg-type]
-        del parts, sums
+            total = TaskState("sum of the losses", -1) if summed else None
+            self._unperturbed(m, means, total)
+            if total is not None:
+                sums.add(total)
+        states = means.states()
+        total = sums.states()[0] if summed else None
         self.point.check_unchanged()
         states = self.sync.unperturbed(states, total, len(self.arguments))
         self.sum = None if total is None else total.grads
@@ -97,7 +97,7 @@ class Passes:
         """Whether no mean is taken of what one backward gives, so that it can be rounded at once."""
         return len(micro) == 1 and type(self.sync) is Alone
 
-    def _unperturbed(self, m: int, total: TaskState | None) -> list[TaskState]:
+    def _unperturbed(self, m: int, means: Means, total: TaskState | None) -> None:
         if _losses.is_per_task(self.closure):
             container: Any = self.closure
             states = []
@@ -107,7 +107,7 @@ class Passes:
                 loss = None if value is None else _losses.read_loss(task, value)
                 self.sync.present([loss])
                 states.append(self._state(forward, i, task, loss, alone=True))
-                self._differentiate([loss], [states[-1]], total)
+                self._differentiate([loss], [states[-1]], means, total)
                 self.forwards[m].append(forward)
         else:
             forward = Forward(self.closure, self.arguments[m], self._start(), [])
@@ -118,13 +118,12 @@ class Passes:
                 self._state(forward, i, task, loss, alone=len(losses) == 1)
                 for i, (task, loss) in enumerate(zip(_losses.tasks_of(container), losses, strict=True))
             ]
-            self._differentiate(losses, states, total)
+            self._differentiate(losses, states, means, total)
             self.forwards[m].append(forward)
         self._check_form(container, "another micro-batch")
         values = [s.loss for s in states]
         self._containers.append(_losses.like_container(container, values))
         self.tasks = [s.task for s in states]
-        return states
 
     def _state(self, forward: Forward, index: int, task: Task, loss: Loss | None, *, alone: bool) -> TaskState:
         state = TaskState(task, index)
@@ -141,10 +140,14 @@ class Passes:
         return state
 
     def _differentiate(
-        self, losses: Sequence[Loss | None], states: Sequence[TaskState], total: TaskState | None
+        self, losses: Sequence[Loss | None], states: Sequence[TaskState], means: Means, total: TaskState | None
     ) -> None:
-        """The gradients of the losses of one forward, or, if `total` is given, of their sum, added to it."""
+        """The gradients of the losses of one forward, each to the means at once, so that rows of one micro-batch do not
+        pile up; or, if `total` is given, of their sum, added to it."""
         pairs = [(loss, state) for loss, state in zip(losses, states, strict=True) if loss is not None]
+        for loss, state in zip(losses, states, strict=True):
+            if loss is None:
+                means.add(state)
         everything = range(len(self.point.tensors))
         if self.check_graph:
             _losses.check_graph(losses)
@@ -154,9 +157,14 @@ class Passes:
                 last = k + 1 == len(pairs)
                 if self.features is not None:
                     self._differentiate_at_features(loss, state, last)
-                    continue
-                state.grads = batched[k] if batched else self._gradients([loss], everything, retain_graph=not last)
-                state.reached = [i for i, g in enumerate(state.grads) if g is not None]
+                else:
+                    grads = batched[k] if batched else self._gradients([loss], everything, retain_graph=not last)
+                    state.reached = [i for i, g in enumerate(grads) if g is not None]
+                    if batched:
+                        batched[k] = []
+                    state.grads = grads
+                    del grads
+                means.add(state)
             return
         if not pairs:
             return
@@ -164,6 +172,7 @@ class Passes:
             assert loss.edge is not None
             found = _losses.leaves(loss.edge)
             state.reached = [i for i, t in enumerate(self.point.tensors) if t in found]
+            means.add(state)
         grads = self._gradients([loss for loss, _ in pairs], everything, retain_graph=False)
         total.loss = torch.stack([loss.value for loss, _ in pairs]).sum() + (0.0 if total.loss is None else total.loss)
         total.reached = [i for i, g in enumerate(grads) if g is not None]
@@ -199,7 +208,10 @@ class Passes:
         """
         self.sync.enter(len(self.arguments), perturbed=True)
         self._narrow_at_once = self._is_final(micro)
-        self._accept_perturbed([self._perturbed(m, {s.index: s for s in states}) for m in micro], states)
+        means = Means(len(micro))
+        for m in micro:
+            self._perturbed(m, {s.index: s for s in states}, means)
+        self._accept_perturbed(means, states)
 
     def perturbed_together(
         self, micro: Sequence[int], states: Sequence[TaskState], stacks: Mapping[int, Tensor]
@@ -207,13 +219,17 @@ class Passes:
         """As `perturbed`, every task at a point of its own, in one forward and one backward a micro-batch: for the k-th
         state parameter i is `stacks[i][k]`."""
         self._narrow_at_once = self._is_final(micro)
-        self._accept_perturbed([self._perturbed_together(m, states, stacks) for m in micro], states)
+        means = Means(len(micro))
+        for m in micro:
+            self._perturbed_together(m, states, stacks, means)
+        self._accept_perturbed(means, states)
 
-    def _accept_perturbed(self, parts: list[list[TaskState]], states: Sequence[TaskState]) -> None:
+    def _accept_perturbed(self, means: Means, states: Sequence[TaskState]) -> None:
         self.point.check_unchanged()
-        means = TaskState.mean(parts)
-        parts.clear()  # and `mean.grads` below: so that narrowing frees what is wide
-        for state, mean in zip(states, means, strict=True):
+        found = {mean.index: mean for mean in means.states()}
+        del means  # and `mean.grads` below: so that narrowing frees what is wide
+        for state in states:
+            mean = found[state.index]
             state.perturbed_loss = mean.loss
             state.perturbed = [None] * len(self.point.tensors)
             for i in state.reached:
@@ -231,7 +247,7 @@ class Passes:
             square = self.point.arithmetic.sq_norm(self.point.row(state.perturbed, state.own), state.own)
             check_square(square, state.task, "perturbed")
 
-    def _perturbed(self, m: int, states: dict[int, TaskState]) -> list[TaskState]:
+    def _perturbed(self, m: int, states: dict[int, TaskState], means: Means) -> None:
         found = {i: TaskState(s.task, i) for i, s in states.items()}
         for forward in self.forwards[m]:
             wanted = [i for i in forward.indices if i in states]
@@ -239,28 +255,43 @@ class Passes:
             everything = sorted({j for i in wanted for j in states[i].reached})
             batched = self._gradients_of_each(losses, everything)
             for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
-                reached = states[i].reached
+                part, reached = found.pop(i), states[i].reached
+                part.loss = loss.value
                 if self.stop_at_features:
-                    self._differentiate_at_features(loss, found[i], False)
-                    found[i].loss = loss.value
+                    self._differentiate_at_features(loss, part, False)
+                    means.add(part)
                     continue
                 if batched:
-                    at = dict(zip(everything, batched[k], strict=True))
-                    grads = [at[j] for j in reached]
+                    part.grads = self._spread(everything, batched[k], reached)
+                    batched[k] = []
                 else:
                     grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
-                found[i].loss = loss.value
-                found[i].grads = [None] * len(self.point.tensors)
-                for j, g in zip(reached, grads, strict=True):
-                    found[i].grads[j] = g
-        return list(found.values())
+                    part.grads = self._spread(reached, grads, reached)
+                    del grads
+                means.add(part)
+        for part in found.values():  # absent from this micro-batch
+            means.add(part)
 
-    def _perturbed_together(self, m: int, states: Sequence[TaskState], stacks: Mapping[int, Tensor]) -> list[TaskState]:
+    def _spread(
+        self, indices: Sequence[int], grads: Sequence[Tensor | None], wanted: Sequence[int]
+    ) -> list[Tensor | None]:
+        """A row of the wanted ones of gradients of the parameters with these indices."""
+        row: list[Tensor | None] = [None] * len(self.point.tensors)
+        at = dict(zip(indices, grads, strict=True))
+        for i in wanted:
+            row[i] = at[i]
+        return row
+
+    def _perturbed_together(
+        self, m: int, states: Sequence[TaskState], stacks: Mapping[int, Tensor], means: Means
+    ) -> None:
         found = {s.index: TaskState(s.task, s.index) for s in states}
         (forward,) = self.forwards[m]
         at = [k for k, s in enumerate(states) if s.index in forward.indices]
         if not at:
-            return list(found.values())
+            for part in found.values():
+                means.add(part)
+            return
         leaves = [(x if len(at) == len(states) else x[at]).detach().requires_grad_() for x in stacks.values()]
         forward.start.restore(rng=self.replay_rng)
         wanted = [states[k].index for k in at]
@@ -287,7 +318,8 @@ class Passes:
                         "torch.autograd.Function, compiled code)"
                     )
                 found[states[k].index].grads[i] = self.point.fitted(i, g[row], self._narrow_at_once)
-        return list(found.values())
+        for part in found.values():
+            means.add(part)
 
     def _checked_call(self, forward: Forward) -> Any:
         value = self._call(forward, None)

@@ -7,6 +7,7 @@ and gradients is in `_arithmetic`, the K-sized solves are always in the C core.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from ._point import Move, Point
 from ._protect import Buffers, HeldInterrupt
 from ._roles import SHARED, Roles
 from ._sync import Alone
-from ._task import Parameter, TaskState, check_losses, check_square
+from ._task import Means, Parameter, TaskState, check_losses, check_square
 from .buffers import BufferAggregator
 
 if TYPE_CHECKING:
@@ -130,14 +131,16 @@ class Step:
             )
         one_by_one = (self.settings.m_sharpness and self.flat and count > 1) or wanted > 1
         self.point.keep_wide = one_by_one or self.sync.local  # means are still to be taken
-        parts = []
-        for micro in [[m] for m in range(count)] if one_by_one else [list(range(count))]:
-            parts.append(self._gradients(micro))
-        self.parts = parts if wanted else []
-        if len(parts) > 1 or self.sync.local:
-            means = TaskState.mean(parts)
-            del parts
-            self.tasks = self.sync.both(means, self.summed)
+        groups = [[m] for m in range(count)] if one_by_one else [list(range(count))]
+        means = Means(len(groups))
+        for micro in groups:
+            part = self._gradients(micro)
+            if wanted:
+                self.parts.append([copy.copy(state) for state in part])
+            for state in part:
+                means.add(state)
+        if len(groups) > 1 or self.sync.local:
+            self.tasks = self.sync.both(means.states(), self.summed)
             self.losses = self.sync.container(self.passes.losses(), self.tasks)
             self.point.keep_wide = False
             for state in [*self.tasks, *(state for part in self.parts for state in part)]:

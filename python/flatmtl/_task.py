@@ -67,52 +67,95 @@ class TaskState:
         """Indices of the parameters that the loss reaches, here or on another rank."""
         return self.reached if self.anywhere is None else self.anywhere
 
-    @staticmethod
-    def mean(parts: Sequence[Sequence[TaskState]]) -> list[TaskState]:
-        """Means of losses and gradients over parts of the batch, each task's over the parts where it has a loss.
+
+class RowMean:
+    """The mean of gradient rows, parameter by parameter, taken as they come: one row is held, whatever their number.
+
+    An entry that is None, and every entry of an empty row, counts as gradient 0.
+    """
+
+    def __init__(self) -> None:
+        self._row: list[Tensor | None] = []  # means of the entries that there were
+        self._counts: list[int] = []  # numbers of them
+        self._rows = 0
+
+    def add(self, row: Sequence[Tensor | None]) -> None:
+        """May hold on to entries of the row, but does not write to them: autograd may hand out one tensor twice."""
+        self._rows += 1
+        if row and not self._row:
+            self._row, self._counts = [None] * len(row), [0] * len(row)
+        for i, g in enumerate(row):
+            if g is None:
+                continue
+            self._counts[i] += 1
+            count, mean = self._counts[i], self._row[i]
+            if mean is None:
+                self._row[i] = g
+            else:  # the first mean is a tensor of our own, written to from then on
+                self._row[i] = torch.lerp(mean, g, 0.5) if count == 2 else mean.lerp_(g, 1.0 / count)
+
+    def take(self) -> list[Tensor | None]:
+        """The mean; empty if every row was."""
+        return [
+            x if x is None or count == self._rows else x * (count / self._rows)
+            for x, count in zip(self._row, self._counts, strict=True)
+        ]
+
+
+class TaskMean:
+    """Means of one task's losses and gradients over the parts of the batch where it has a loss, taken as they come."""
+
+    def __init__(self, task: Task, index: int) -> None:
+        self._mean = TaskState(task, index, parts=0)
+        self._losses: list[Tensor] = []
+        self._perturbed_losses: list[Tensor | None] = []
+        self._grads, self._perturbed = RowMean(), RowMean()
+
+    def add(self, part: TaskState) -> None:
+        """Copies what it needs of the part's rows, or holds on to them, and does not write to them.
 
         A part where loss and gradient are zero has no perturbed pass, as nothing moves: it counts with its loss.
         """
-        if len(parts) == 1:
-            return list(parts[0])
-        means = []
-        for states in zip(*parts, strict=True):
-            present = [s for s in states if s.loss is not None]
-            mean = TaskState(states[0].task, states[0].index)
-            if present:
-                mean.parts = sum(s.parts for s in present)
-                mean.loss = _mean_loss([s.loss for s in present])
-                if any(s.perturbed_loss is not None for s in present):
-                    mean.perturbed_loss = _mean_loss(
-                        [s.loss if s.perturbed_loss is None else s.perturbed_loss for s in present]
-                    )
-                mean.reached = sorted({i for s in present for i in s.reached})
-                mean.grads = _mean_row([s.grads for s in present])
-                mean.perturbed = _mean_row([s.perturbed for s in present])
-            means.append(mean)
-        return means
+        if part.loss is None:
+            return
+        self._mean.parts += part.parts
+        self._mean.reached = sorted({*self._mean.reached, *part.reached})
+        self._losses.append(part.loss)
+        self._perturbed_losses.append(part.perturbed_loss)
+        self._grads.add(part.grads)
+        self._perturbed.add(part.perturbed)
+
+    def state(self) -> TaskState:
+        mean = self._mean
+        if self._losses:
+            mean.loss = torch.stack(self._losses).mean()
+            if any(value is not None for value in self._perturbed_losses):
+                pairs = zip(self._losses, self._perturbed_losses, strict=True)
+                mean.perturbed_loss = torch.stack([a if b is None else b for a, b in pairs]).mean()
+            mean.grads, mean.perturbed = self._grads.take(), self._perturbed.take()
+        return mean
 
 
-def _mean_loss(values: Sequence[Tensor | None]) -> Tensor | None:
-    found = [value for value in values if value is not None]
-    return torch.stack(found).mean() if found else None
+class Means:
+    """The tasks' means over so many parts of the batch. Those over a single part are what that part gave."""
 
+    def __init__(self, parts: int) -> None:
+        self._single = parts == 1
+        self._parts: dict[int, TaskState] = {}
+        self._means: dict[int, TaskMean] = {}
 
-def _mean_row(rows: Sequence[list[Tensor | None]]) -> list[Tensor | None]:
-    """The mean, parameter by parameter; a loss that does not reach one in some part has gradient 0 there."""
-    if len(rows) == 1:
-        return rows[0]
-    out: list[Tensor | None] = []
-    for column in zip(*(row for row in rows if row), strict=True):
-        found = [g for g in column if g is not None]
-        if not found:
-            out.append(None)
-            continue
-        total = found[0] / len(rows)  # not in place: autograd may hand out one tensor twice
-        for g in found[1:]:
-            total.add_(g, alpha=1.0 / len(rows))
-        out.append(total)
-    return out
+    def add(self, part: TaskState) -> None:
+        """One task in one part, whose rows are taken out of it."""
+        if self._single:
+            self._parts[part.index] = part
+            return
+        self._means.setdefault(part.index, TaskMean(part.task, part.index)).add(part)
+        part.grads, part.perturbed = [], []
+
+    def states(self) -> list[TaskState]:
+        """One a task, in the order of their indices."""
+        found = self._parts or {index: mean.state() for index, mean in self._means.items()}
+        return [found[index] for index in sorted(found)]
 
 
 def check_square(square: float, task: Task, pass_: str) -> None:

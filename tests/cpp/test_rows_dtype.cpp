@@ -26,8 +26,8 @@ struct Peak : c10::MemoryReportingInfoBase {
 
 constexpr int64_t width = 128, layers = 12, tasks = 3;
 
-// The peak of a step, in rows of float32.
-double peak(const flatmtl::FlatMTLOptions &options) {
+// The peak of a step, in rows of float32; of one with so many micro-batches, if any.
+double peak(const flatmtl::FlatMTLOptions &options, size_t micro = 0) {
   torch::manual_seed(0);
   torch::nn::Sequential trunk;
   for (int64_t i = 0; i < layers; ++i) trunk->push_back(torch::nn::Linear(width, width));
@@ -40,17 +40,22 @@ double peak(const flatmtl::FlatMTLOptions &options) {
   const Tensor x = torch::randn({2, width});
   torch::optim::SGD sgd(params, 0.1);
   flatmtl::FlatMTL optimizer(sgd, options);
-  const auto losses = [&] {
-    const Tensor h = trunk->forward(x);
+  const auto losses_of = [&](const Tensor &input) {
+    const Tensor h = trunk->forward(input);
     Tensors result;
     for (auto &head : heads) result.push_back(head->forward(h).square().sum());
     return result;
   };
+  const auto losses = [&] { return losses_of(x); };
+  const Tensors batches(micro, x);
   optimizer.step(losses);  // roles, and what torch keeps
   const auto counter = std::make_shared<Peak>();
   {
     const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, counter);
-    optimizer.backward(losses);
+    if (micro > 0)
+      optimizer.backward(losses_of, batches);
+    else
+      optimizer.backward(losses);
   }
   return static_cast<double>(counter->most) / static_cast<double>(4 * layers * (width * width + width));
 }
@@ -65,6 +70,19 @@ TEST_CASE("With rows_dtype gradients wait in half of the memory", "[rows_dtype]"
   }
   CHECK(peak(Options().rho(0.0).rows_dtype(torch::kBFloat16)) <= 1.0 + 1.0 + 1.0 + slack);
   CHECK(peak(Options().rho(0.0)) >= 3.0 + 1.0 - 0.01);
+}
+
+TEST_CASE("Memory does not grow with the number of micro-batches", "[batches]") {
+  using Options = flatmtl::FlatMTLOptions;
+  const double slack = 3.0 / layers;
+  // K rows g, as many s, the one that is added to a mean, and the copy of the parameters
+  for (const char *flat : {"fmtl", "sam"}) {
+    const double two = peak(Options().flat(flat), 2), five = peak(Options().flat(flat), 5);
+    CHECK(five <= two + 0.05);
+    CHECK(five <= 3.0 + 3.0 + 1.0 + 1.0 + slack);
+  }
+  CHECK(peak(Options().rho(0.0), 5) <= 3.0 + 1.0 + 1.0 + slack);
+  CHECK(peak(Options().m_sharpness(true), 5) <= 6.0 + 6.0 + 1.0 + slack);  // and both families of one micro-batch
 }
 
 }  // namespace rows_dtype

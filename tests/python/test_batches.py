@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import flatmtl
+import memory
 import pytest
 import torch
 import torch.nn.functional as F
+from flatmtl._task import RowMean
 from models import TwoHeads, batch, two_heads, values
 from torch import Tensor
 from torch.optim import SGD
@@ -118,6 +121,65 @@ def test_losses_and_perturbed_losses_are_means_over_the_same_parts(flat: str) ->
             perturbed[k, i] = closure(k, moved)[i].detach()
     for key, expected in (("losses", losses), ("perturbed_losses", perturbed), ("sharpness", perturbed - losses)):
         torch.testing.assert_close(optimizer.last[key], expected.mean(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        # K = 3: rows g and s, the one that is added to a mean, and the copy of the parameters
+        ({"rho": 0.0}, 3 + 1 + 1),
+        ({}, 2 * 3 + 1 + 1),
+        ({"flat": "sam"}, 2 * 3 + 1 + 1),
+        ({"flat": "sam", "combine": "direct"}, 1 + 3 + 1 + 1),  # g is that of the sum
+        ({"m_sharpness": True}, 2 * 3 + 2 * 3 + 1),  # and both families of one micro-batch
+    ],
+    ids=str,
+)
+def test_memory_does_not_grow_with_the_number_of_micro_batches(options: dict[str, Any], rows: int) -> None:
+    peaks = []
+    for parts in (2, 5):
+        model = memory.Layers(tasks=3)
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters, lr=0.1), **options)
+        batches = list(range(parts))
+        optimizer.step(model.losses, batches=batches)  # roles, and what torch keeps
+        peak = memory.peak_bytes(lambda o=optimizer, m=model, b=batches: o.backward(m.losses, batches=b))
+        peaks.append(peak / model.row)
+    assert peaks[1] <= peaks[0] + 0.05
+    assert rows - 0.5 <= peaks[1] <= rows + model.slack
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 2e-15), (torch.float32, 1e-6), (torch.bfloat16, 0.04)])
+def test_the_mean_that_is_taken_row_by_row(dtype: torch.dtype, error: float) -> None:
+    """Of 500 rows, where some have no entry or none at all; and what was added is as it was."""
+    g = torch.Generator().manual_seed(0)
+    rows: list[list[Tensor | None]] = [
+        [(1.0 + torch.randn(50, generator=g, dtype=torch.float64)).to(dtype) for _ in range(4)] for _ in range(500)
+    ]
+    for k, row in enumerate(rows):
+        row[0] = row[0] if k % 3 else None
+        row[1] = row[1] if k == 7 else None
+        row[2] = None
+    rows[0], rows[100] = [], []
+    before = [[None if x is None else x.clone() for x in row] for row in rows]
+    mean = RowMean()
+    for row in rows:
+        mean.add(row)
+    for i, found in enumerate(mean.take()):
+        present = [x for row in rows if row and (x := row[i]) is not None]
+        if i == 2:
+            assert found is None
+            continue
+        expected = torch.stack(present).double().sum(0) / len(rows)
+        assert float((found.double() - expected).norm() / expected.norm()) <= error
+    for row, old in zip(rows, before, strict=True):
+        assert all(x is y or torch.equal(x, y) for x, y in zip(row, old, strict=True))
+
+
+def test_a_mean_of_one_row_is_that_row() -> None:
+    row = [torch.randn(3), None]
+    mean = RowMean()
+    mean.add(row)
+    assert mean.take()[0] is row[0]
 
 
 def test_errors() -> None:

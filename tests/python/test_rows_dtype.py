@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flatmtl
+import memory
 import pytest
 import rows_dtype_checks as checks
 import torch
@@ -100,8 +101,15 @@ MEANS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", MEANS, ids=str)
 def test_means_over_micro_batches_are_rounded_once(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     found, plain = train(options, "batches", BF16), train(options, "batches")
-    mean = _task._mean_row
-    monkeypatch.setattr(_task, "_mean_row", lambda rows: [None if x is None else rounded(x) for x in mean(rows)])
+    state = _task.TaskMean.state
+
+    def by_hand(mean: _task.TaskMean) -> _task.TaskState:
+        found = state(mean)
+        for row in (found.grads, found.perturbed):
+            row[:] = [None if x is None else rounded(x) for x in row]
+        return found
+
+    monkeypatch.setattr(_task.TaskMean, "state", by_hand)
     assert equal(found, train(options, "batches"))
     assert not equal(found, plain)
 
@@ -341,18 +349,6 @@ def test_a_gradient_beyond_bfloat16_is_not_finite() -> None:
 # -- memory --------------------------------------------------------------------------------------------------------------
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Largest number of bytes in torch's CPU memory while `work` runs, above that before it."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize(
     ("options", "narrow", "wide"),
     [
@@ -364,29 +360,14 @@ def peak_bytes(work: Callable[[], object]) -> int:
     ids=str,
 )
 def test_peak_memory_in_rows(options: dict[str, Any], narrow: float, wide: float) -> None:
-    width, layers, tasks = 128, 12, 3
     peaks = []
     for rows_dtype in (BF16, None):
-        torch.manual_seed(0)
-        trunk = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
-        heads = nn.ModuleList(nn.Linear(width, 2) for _ in range(tasks))
-        x, y = torch.randn(2, width), torch.randint(2, (tasks, 2))
-        optimizer = flatmtl.FlatMTL(
-            SGD([*trunk.parameters(), *heads.parameters()], lr=0.1), rows_dtype=rows_dtype, **options
-        )
-
-        def losses(
-            trunk: nn.Module = trunk, heads: nn.ModuleList = heads, x: Tensor = x, y: Tensor = y
-        ) -> list[Tensor]:
-            z = trunk(x)
-            return [F.cross_entropy(head(z), t) for head, t in zip(heads, y, strict=True)]
-
-        optimizer.step(losses)  # roles, and what torch keeps
-        peaks.append(peak_bytes(lambda optimizer=optimizer, losses=losses: optimizer.backward(losses)))
-    row = 4 * layers * (width * width + width)
-    slack = 3 * 4 * width * width / row  # some layers' temporaries
-    assert peaks[0] / row <= narrow + slack
-    assert peaks[1] / row >= wide - 0.01
+        model = memory.Layers(tasks=3)
+        optimizer = flatmtl.FlatMTL(SGD(model.parameters, lr=0.1), rows_dtype=rows_dtype, **options)
+        optimizer.step(model.losses)  # roles, and what torch keeps
+        peaks.append(memory.peak_bytes(lambda optimizer=optimizer, model=model: optimizer.backward(model.losses)))
+    assert peaks[0] / model.row <= narrow + model.slack
+    assert peaks[1] / model.row >= wide - 0.01
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

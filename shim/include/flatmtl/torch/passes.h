@@ -56,18 +56,16 @@ class Passes {
   // NaN. With `summed` one backward gives the gradient of the sum of the losses alone, to be found in `sum`, and what
   // each loss reaches is read from its graph.
   std::vector<TaskState> unperturbed(const Micro &micro, bool summed) {
-    std::vector<std::vector<TaskState>> parts, sums;
+    Means means(micro.size()), sums(micro.size());
     narrow_at_once_ = micro.size() == 1 && !summed;  // else sums and means are still to be taken
     for (const size_t m : micro) {
       TaskState total;
-      parts.push_back(unperturbed(m, summed ? &total : nullptr));
-      sums.push_back({total});
+      unperturbed(m, &means, summed ? &total : nullptr);
+      if (summed) sums.add(std::move(total));
     }
     point_.check_unchanged();
-    if (summed) sum_ = mean(sums)[0].grads;
-    std::vector<TaskState> states = mean(parts);
-    parts.clear();  // so that narrowing frees what is wide
-    sums.clear();
+    if (summed) sum_ = sums.take()[0].grads;
+    std::vector<TaskState> states = means.take();
     point_.narrow(&sum_);
     for (TaskState &state : states) point_.narrow(&state.grads);
     return states;
@@ -79,12 +77,11 @@ class Passes {
   // Fills `perturbed` and `perturbed_loss` of the states with s_i, t_i where the parameters stand. One closure for all
   // tasks is called once a micro-batch, whatever the number of states.
   void perturbed(const Micro &micro, const std::vector<TaskState *> &states) {
-    std::vector<std::vector<TaskState>> parts;
+    Means taken(micro.size());
     narrow_at_once_ = micro.size() == 1;
-    for (const size_t m : micro) parts.push_back(perturbed(m, states));
+    for (const size_t m : micro) perturbed(m, states, &taken);
     point_.check_unchanged();
-    std::vector<TaskState> means = mean(parts);
-    parts.clear();  // so that narrowing frees what is wide
+    std::vector<TaskState> means = taken.take();  // in the order of the states, which is that of their indices
     for (size_t k = 0; k < states.size(); ++k) {
       TaskState &state = *states[k];
       Row &grads = means[k].grads;
@@ -159,7 +156,7 @@ class Passes {
   }
 
   // total, if there is one, takes the gradient of the sum of the losses, and the states none.
-  std::vector<TaskState> unperturbed(size_t m, TaskState *total) {
+  void unperturbed(size_t m, Means *means, TaskState *total) {
     TaskLosses container;
     std::vector<TaskState> states;
     if (!closure_.all) {
@@ -170,7 +167,7 @@ class Passes {
         const torch::Tensor value = call([&] { return closure_.each[i].second(m); });
         const auto loss = value.defined() ? std::optional<Loss>(read_loss(task, value)) : std::nullopt;
         states.push_back(state_of(task, i, loss, true));
-        differentiate({loss}, &states.back(), total);
+        differentiate({loss}, &states.back(), means, total);
         container.tasks.push_back(task);
         container.values.push_back(value);
       }
@@ -180,7 +177,7 @@ class Passes {
       const auto losses = read_losses(container);
       for (size_t i = 0; i < losses.size(); ++i)
         states.push_back(state_of(container.tasks[i], i, losses[i], losses.size() == 1));
-      differentiate(losses, states.data(), total);
+      differentiate(losses, states.data(), means, total);
     }
     check_form(container, "another micro-batch");
     tasks_ = container.tasks;
@@ -188,7 +185,6 @@ class Passes {
       if (value.defined()) value = value.detach();
     if (container.tensor.defined()) container.tensor = container.tensor.detach().clone();
     containers_.push_back(std::move(container));
-    return states;
   }
 
   // The state of a task whose loss came from the last forward.
@@ -208,14 +204,19 @@ class Passes {
     return state;
   }
 
-  // The gradients of the losses of one forward, one a state, or, if total is given, of their sum, added to it.
-  void differentiate(const std::vector<std::optional<Loss>> &losses, TaskState *states, TaskState *total) const {
+  // The gradients of the losses of one forward, one a state, each to the means at once, so that rows of one micro-batch
+  // do not pile up; or, if total is given, of their sum, added to it. The states are moved from.
+  void differentiate(const std::vector<std::optional<Loss>> &losses, TaskState *states, Means *means,
+                     TaskState *total) const {
     Indices all(point_.tensors().size());
     for (size_t i = 0; i < all.size(); ++i) all[i] = i;
     std::vector<Loss> found;
     std::vector<TaskState *> with_loss;
     for (size_t i = 0; i < losses.size(); ++i) {
-      if (!losses[i]) continue;
+      if (!losses[i]) {
+        means->add(std::move(states[i]));
+        continue;
+      }
       found.push_back(*losses[i]);
       with_loss.push_back(states + i);
     }
@@ -224,6 +225,7 @@ class Passes {
       for (size_t k = 0; k < found.size(); ++k) {
         with_loss[k]->grads = gradients({found[k]}, all, k + 1 < found.size());
         with_loss[k]->reached = defined(with_loss[k]->grads);
+        means->add(std::move(*with_loss[k]));
       }
       return;
     }
@@ -231,6 +233,7 @@ class Passes {
       const auto reached = leaves(found[k].edge);
       for (const size_t i : all)
         if (reached.count(point_.tensors()[i].unsafeGetTensorImpl())) with_loss[k]->reached.push_back(i);
+      means->add(std::move(*with_loss[k]));
     }
     const Row grads = gradients(found, all, false);
     total->loss = found[0].value.to(torch::kDouble);  // says that there are gradients
@@ -242,11 +245,13 @@ class Passes {
   }
 
   // Losses and gradients of the states' tasks in one micro-batch, made again where the parameters stand.
-  std::vector<TaskState> perturbed(size_t m, const std::vector<TaskState *> &states) {
+  void perturbed(size_t m, const std::vector<TaskState *> &states, Means *means) {
     std::vector<TaskState> found(states.size());
+    std::vector<bool> done(states.size(), false);
     std::vector<int64_t> at;
     for (size_t k = 0; k < states.size(); ++k) {
       found[k].task = states[k]->task;
+      found[k].index = states[k]->index;
       at.push_back(states[k]->index);
     }
     for (const Forward &forward : forwards_) {
@@ -260,9 +265,12 @@ class Passes {
         state.loss = losses[j].value;
         state.grads.resize(point_.tensors().size());
         for (size_t k = 0; k < reached.size(); ++k) state.grads[reached[k]] = grads[k];
+        done[wanted[j]] = true;
+        means->add(std::move(state));
       }
     }
-    return found;
+    for (size_t k = 0; k < found.size(); ++k)  // those that are absent from this micro-batch
+      if (!done[k]) means->add(std::move(found[k]));
   }
 
   // The losses of the tasks with these places in one forward, made again from where it started.

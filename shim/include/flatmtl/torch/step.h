@@ -48,14 +48,13 @@ class Step : private StepData {
     if (!(options.m_sharpness() && flat) || all.size() == 1) {
       gradients(all);
     } else {
-      std::vector<std::vector<TaskState>> parts;
+      Means means(all.size());
       point.keep_wide = true;
       for (const size_t m : all) {
         gradients({m});
-        parts.push_back(tasks);
+        for (TaskState &state : tasks) means.add(std::move(state));
       }
-      tasks = mean(parts);
-      parts.clear();
+      tasks = means.take();
       point.keep_wide = false;
       for (TaskState &state : tasks) {
         point.narrow(&state.grads);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <map>
 #include <set>
 #include <utility>
 #include <vector>
@@ -35,65 +36,107 @@ inline Indices defined(const Row &grads) {
   return result;
 }
 
-// The mean of those that are defined; undefined if none is.
-inline torch::Tensor mean_of_defined(const std::vector<torch::Tensor> &values) {
-  std::vector<torch::Tensor> found;
-  for (const auto &value : values)
-    if (value.defined()) found.push_back(value);
-  return found.empty() ? torch::Tensor() : torch::stack(found).mean();
-}
-
-// The mean, parameter by parameter; a loss that does not reach one in some part has gradient 0 there.
-inline Row mean_row(const std::vector<Row> &rows) {
-  if (rows.size() == 1) return rows[0];
-  const auto count = static_cast<int64_t>(rows.size());
-  Row out;
-  for (const Row &row : rows) {
-    if (out.size() < row.size()) out.resize(row.size());
+// The mean of gradient rows, parameter by parameter, taken as they come: one row is held, whatever their number. An
+// undefined entry, and every entry of an empty row, counts as gradient 0.
+class RowMean {
+ public:
+  // May hold on to entries of the row, but does not write to them: autograd may hand out one tensor twice.
+  void add(const Row &row) {
+    ++rows_;
+    if (row_.size() < row.size()) {
+      row_.resize(row.size());
+      counts_.resize(row.size());
+    }
     for (size_t i = 0; i < row.size(); ++i) {
       if (!row[i].defined()) continue;
-      if (out[i].defined())
-        out[i].add_(row[i], 1.0 / static_cast<double>(count));
+      const double share = 1.0 / static_cast<double>(++counts_[i]);
+      torch::Tensor &mean = row_[i];
+      if (!mean.defined())
+        mean = row[i];
+      else if (counts_[i] == 2)  // the first mean is a tensor of our own, written to from then on
+        mean = torch::lerp(mean, row[i], share);
       else
-        out[i] = row[i] / count;  // not in place: autograd may hand out one tensor twice
+        mean.lerp_(row[i], share);
     }
   }
-  return out;
-}
 
-// Means of losses and gradients over parts of the batch, each task's over the parts where it has a loss.
-inline std::vector<TaskState> mean(const std::vector<std::vector<TaskState>> &parts) {
-  if (parts.size() == 1) return parts[0];
-  std::vector<TaskState> means;
-  for (size_t t = 0; t < parts[0].size(); ++t) {
-    std::vector<torch::Tensor> losses, perturbed_losses;
-    std::vector<Row> grads, perturbed;
-    std::set<size_t> reached;
-    bool perturbed_anywhere = false;
-    for (const auto &part : parts) {
-      if (!part[t].loss.defined()) continue;
-      reached.insert(part[t].reached.begin(), part[t].reached.end());
-      losses.push_back(part[t].loss);
-      // Where loss and gradient are zero nothing moves, and there is no perturbed pass.
-      perturbed_losses.push_back(part[t].perturbed_loss.defined() ? part[t].perturbed_loss : part[t].loss);
-      perturbed_anywhere = perturbed_anywhere || part[t].perturbed_loss.defined();
-      grads.push_back(part[t].grads);
-      perturbed.push_back(part[t].perturbed);
-    }
-    TaskState state;
-    state.task = parts[0][t].task;
-    state.index = parts[0][t].index;
-    state.reached.assign(reached.begin(), reached.end());
-    if (!losses.empty()) {
-      state.loss = mean_of_defined(losses);
-      if (perturbed_anywhere) state.perturbed_loss = mean_of_defined(perturbed_losses);
-      state.grads = mean_row(grads);
-      state.perturbed = mean_row(perturbed);
-    }
-    means.push_back(std::move(state));
+  // The mean; empty if every row was. Afterwards this is as it was made.
+  Row take() {
+    for (size_t i = 0; i < row_.size(); ++i)
+      if (row_[i].defined() && counts_[i] != rows_)
+        row_[i] = row_[i] * (static_cast<double>(counts_[i]) / static_cast<double>(rows_));
+    Row row = std::move(row_);
+    *this = RowMean();
+    return row;
   }
-  return means;
-}
+
+ private:
+  Row row_;                      // means of the entries that there were
+  std::vector<int64_t> counts_;  // numbers of them
+  int64_t rows_ = 0;
+};
+
+// Means of one task's losses and gradients over the parts of the batch where it has a loss, taken as they come.
+class TaskMean {
+ public:
+  void add(const TaskState &part) {
+    state_.task = part.task;
+    state_.index = part.index;
+    if (!part.loss.defined()) return;
+    reached_.insert(part.reached.begin(), part.reached.end());
+    losses_.push_back(part.loss);
+    // Where loss and gradient are zero nothing moves, and there is no perturbed pass.
+    perturbed_losses_.push_back(part.perturbed_loss.defined() ? part.perturbed_loss : part.loss);
+    perturbed_anywhere_ = perturbed_anywhere_ || part.perturbed_loss.defined();
+    grads_.add(part.grads);
+    perturbed_.add(part.perturbed);
+  }
+
+  TaskState take() {
+    state_.reached.assign(reached_.begin(), reached_.end());
+    if (!losses_.empty()) {
+      state_.loss = torch::stack(losses_).mean();
+      if (perturbed_anywhere_) state_.perturbed_loss = torch::stack(perturbed_losses_).mean();
+      state_.grads = grads_.take();
+      state_.perturbed = perturbed_.take();
+    }
+    return std::move(state_);
+  }
+
+ private:
+  TaskState state_;
+  std::vector<torch::Tensor> losses_, perturbed_losses_;
+  std::set<size_t> reached_;
+  bool perturbed_anywhere_ = false;
+  RowMean grads_, perturbed_;
+};
+
+// The tasks' means over so many parts of the batch. Those over a single part are what that part gave.
+class Means {
+ public:
+  explicit Means(size_t parts) : single_(parts == 1) {}
+
+  // One task in one part.
+  void add(TaskState part) {
+    if (single_)
+      parts_[part.index] = std::move(part);
+    else
+      means_[part.index].add(part);
+  }
+
+  // One a task, in the order of their indices.
+  std::vector<TaskState> take() {
+    std::vector<TaskState> states;
+    for (auto &part : parts_) states.push_back(std::move(part.second));
+    for (auto &mean : means_) states.push_back(mean.second.take());
+    return states;
+  }
+
+ private:
+  bool single_;
+  std::map<int64_t, TaskState> parts_;
+  std::map<int64_t, TaskMean> means_;
+};
 
 inline torch::Tensor undefined(at::IntArrayRef sizes) {
   return torch::full(sizes, std::nan(""), torch::kDouble);
