@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 
 class HasOptions:
@@ -32,3 +33,46 @@ class CoreMethod(HasOptions):
             present: the tasks that take part, if not all of them.
         """
         return [float(value) for value in self.options.values()]
+
+
+Method = TypeVar("Method", bound=HasOptions)
+
+
+def by_name(
+    name: str | Method, base: type[Method], table: Mapping[str, type[Method]], options: Mapping[str, Any], *,
+    kind: str, example: str, subject: str,
+) -> Method:  # fmt: skip
+    """The method of this name with these options, or the object itself if `name` is one.
+
+    Args:
+        base: the class of the objects.
+        table: the known names.
+        kind, example, subject: for messages: "aggregator", "CAGrad(c=0.4)", "an aggregator".
+
+    Raises:
+        ValueError: no such name.
+        TypeError: neither a name nor an object, options beside an object, or options that the method does not have.
+    """
+    if isinstance(name, base):
+        if options:
+            raise TypeError(f"options {quoted(options)} beside the object {name!r}, which has its own")
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"{subject} is a name, or an object like {example}, not {name!r}")
+    cls = table.get(name)
+    if cls is None:
+        close = difflib.get_close_matches(name.lower(), table, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"there is no {kind} {name!r}.{hint} Known: {quoted(table)}")
+    names = cls.option_names()
+    unknown = [option for option in options if option not in names]
+    if unknown:
+        has = f"its options are {quoted(names)}" if names else "it has no options"
+        raise TypeError(f"{kind} {name!r} has no option {quoted(unknown)}; {has}")
+    if name == "fixed" and "values" not in options:
+        raise TypeError(f"{kind} 'fixed' needs its option 'values', one number a task: {cls.__name__}([0.5, 2.0])")
+    return cls(**options)
+
+
+def quoted(names: Iterable[Any]) -> str:
+    return ", ".join(repr(name) for name in names)

@@ -13,7 +13,6 @@ sum.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _aggregator_state, _ops
-from ._options import CoreMethod
+from ._options import CoreMethod, by_name, quoted
 
 _LARGEST_SEED = 2**53
 _ALIGNED_SCALES = ("min", "median", "rmse")  # in the order of flatmtl.h
@@ -297,7 +296,7 @@ class AlignedMTL(Aggregator):
 
     def __post_init__(self) -> None:
         if self.scale not in _ALIGNED_SCALES:
-            raise ValueError(f"AlignedMTL: scale is {self.scale!r}; it must be one of {_quoted(_ALIGNED_SCALES)}")
+            raise ValueError(f"AlignedMTL: scale is {self.scale!r}; it must be one of {quoted(_ALIGNED_SCALES)}")
         object.__setattr__(self, "tolerance", float(self.tolerance))
         if not 0.0 <= self.tolerance < 1.0:
             raise ValueError(f"AlignedMTL: tolerance is {self.tolerance}; it must be in [0, 1)")
@@ -437,30 +436,10 @@ def get_aggregator(aggregator: str | Aggregator, **options: Any) -> Aggregator:
     >>> get_aggregator("cagrad", c=0.2)
     CAGrad(c=0.2)
     """
-    if isinstance(aggregator, Aggregator):
-        if options:
-            raise TypeError(f"options {_quoted(options)} beside the object {aggregator!r}, which has its own")
-        return aggregator
-    if not isinstance(aggregator, str):
-        raise TypeError(f"an aggregator is a name, or an object like CAGrad(c=0.4), not {aggregator!r}")
     known = AGGREGATORS | BUFFER_AGGREGATORS
-    cls = known.get(aggregator)
-    if cls is None:
-        close = difflib.get_close_matches(aggregator.lower(), known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no aggregator {aggregator!r}.{hint} Known: {_quoted(known)}")
-    names = cls.option_names()
-    unknown = [name for name in options if name not in names]
-    if unknown:
-        has = f"its options are {_quoted(names)}" if names else "it has no options"
-        raise TypeError(f"aggregator {aggregator!r} has no option {_quoted(unknown)}; {has}")
-    if aggregator == "fixed" and "values" not in options:
-        raise TypeError("aggregator 'fixed' needs its option 'values', one number a task: Fixed([0.5, 2.0])")
-    return cls(**options)
-
-
-def _quoted(names: Any) -> str:
-    return ", ".join(repr(name) for name in names)
+    return by_name(
+        aggregator, Aggregator, known, options, kind="aggregator", example="CAGrad(c=0.4)", subject="an aggregator"
+    )
 
 
 def _checked_seed(seed: int) -> int:

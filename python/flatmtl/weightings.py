@@ -15,14 +15,14 @@ stays as it is.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ._options import by_name
 from ._weighting_base import Weighting
-from .aggregators import _checked_seed, _quoted
+from .aggregators import _checked_seed
 
 
 @dataclass(frozen=True)
@@ -382,28 +382,12 @@ def get_weighting(weighting: str | Weighting, **options: Any) -> Weighting:
     >>> get_weighting("dwa", epoch=100)
     DWA(temperature=2.0, epoch=100)
     """
-    if isinstance(weighting, Weighting):
-        if options:
-            raise TypeError(f"options {_quoted(options)} beside the object {weighting!r}, which has its own")
-        return weighting
-    if not isinstance(weighting, str):
-        raise TypeError(f"a weighting is a name, or an object like UW(lr=0.025), not {weighting!r}")
     from . import main_task
 
     table: dict[str, type[Weighting]] = {**WEIGHTINGS, "hydalearn": main_task.HydaLearn, "slgrad": main_task.SLGrad}
-    cls = table.get(weighting)
-    if cls is None:
-        close = difflib.get_close_matches(weighting.lower(), table, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no weighting {weighting!r}.{hint} Known: {_quoted(table)}")
-    names = cls.option_names()
-    unknown = [name for name in options if name not in names]
-    if unknown:
-        has = f"its options are {_quoted(names)}" if names else "it has no options"
-        raise TypeError(f"weighting {weighting!r} has no option {_quoted(unknown)}; {has}")
-    if weighting == "fixed" and "values" not in options:
-        raise TypeError("weighting 'fixed' needs its option 'values', one number a task: FixedWeights([0.5, 2.0])")
-    return cls(**options)
+    return by_name(
+        weighting, Weighting, table, options, kind="weighting", example="UW(lr=0.025)", subject="a weighting"
+    )
 
 
 def _per_task(

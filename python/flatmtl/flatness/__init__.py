@@ -10,10 +10,10 @@ from the families g and f as `combine` says.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
 from typing import Any
 
+from .._options import by_name
 from ._base import Flatness
 from .fmtl import FMTL
 from .mtcool import MTCOOL
@@ -44,15 +44,7 @@ FLATNESS: dict[str, type[Flatness]] = {
 
 def get_flatness(flat: str | Flatness, every: int | None = None) -> Flatness:
     """A mode from its name, or the object itself; with `every`, if given, as its option."""
-    if not isinstance(flat, Flatness):
-        if not isinstance(flat, str):
-            raise TypeError(f"flat is a name, or an object like FMTL(every=2), not {flat!r}")
-        cls = FLATNESS.get(flat)
-        if cls is None:
-            close = difflib.get_close_matches(flat.lower(), FLATNESS, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"there is no flatness mode {flat!r}.{hint} Known: {', '.join(map(repr, FLATNESS))}")
-        flat = cls()
+    flat = by_name(flat, Flatness, FLATNESS, {}, kind="flatness mode", example="FMTL(every=2)", subject="flat")
     if every is None:
         return flat
     if "every" not in flat.option_names():
