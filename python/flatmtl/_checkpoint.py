@@ -3,6 +3,7 @@ what torch.distributed.checkpoint saves of an optimizer."""
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class FlatMTLState:
 
     def state_dict(self) -> dict[str, Any]:
         """With sharded parameters all ranks call it together."""
-        own = self._optimizer._own_state()
+        own = own_state(self._optimizer)
         own["states"] = _rows(own["states"], self._optimizer._all_tensors(), _whole)
         buffer = io.BytesIO()
         torch.save(own, buffer)
@@ -47,8 +48,34 @@ class FlatMTLState:
         own = torch.load(io.BytesIO(saved), weights_only=True)
         if isinstance(own, dict) and "states" in own:
             own["states"] = _rows(own["states"], self._optimizer._all_tensors(), _part)
-        self._optimizer._load_own_state(own)
+        load_own_state(self._optimizer, own)
         self._optimizer._loaded = own  # torch's helper loads the wrapped optimizer's state afterwards
+
+
+def own_state(optimizer: FlatMTL) -> dict[str, Any]:
+    """What FlatMTL adds to the wrapped optimizer's state_dict."""
+    return {
+        "version": VERSION,
+        "steps": optimizer.steps,
+        "seed": optimizer.settings.seed,
+        "tasks": None if optimizer.tasks is None else list(optimizer.tasks),
+        "roles": optimizer.roles.state(optimizer._all_tensors()),
+        "states": copy.deepcopy(optimizer.states),
+    }
+
+
+def load_own_state(optimizer: FlatMTL, own: dict[str, Any] | None) -> None:
+    """Everything found anew, or what `own_state` gave."""
+    if own is not None:
+        check(optimizer, own)
+    optimizer.steps, optimizer.tasks, optimizer.last, optimizer._ranks = 0, None, {}, None
+    optimizer._after_update = optimizer._loaded = None
+    optimizer.roles.of, optimizer.states = {}, {}
+    if own is not None:
+        optimizer.steps, optimizer.settings.seed = own["steps"], own["seed"]
+        optimizer.tasks = None if own["tasks"] is None else list(own["tasks"])
+        optimizer.roles.load(own["roles"], optimizer._all_tensors())
+        optimizer.states = copy.deepcopy(own["states"])
 
 
 def _rows(value: Any, params: Sequence[Tensor], change: Callable[[Tensor, Tensor], Tensor]) -> Any:

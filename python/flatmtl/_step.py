@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _aggregator_state, _featured, _ops, _record, _sharded, _validation, _weighting
 from ._buffers import Plan
@@ -25,36 +24,13 @@ from ._passes import Passes
 from ._point import Move, Point
 from ._protect import Buffers, HeldInterrupt
 from ._roles import SHARED, Roles
+from ._settings import Settings
 from ._sync import Alone
 from ._task import Means, Parameter, TaskState, check_losses, check_square
 from .buffers import BufferAggregator
 
 if TYPE_CHECKING:
-    from .aggregators import Aggregator
-    from .flatness import Flatness
-    from .weightings import Weighting
-
-
-@dataclass
-class Settings:
-    """Options of the step; see `FlatMTL`."""
-
-    aggregator: Aggregator
-    weighting: Weighting | None
-    flat: Flatness
-    adaptive: bool
-    eta: float
-    norm: str
-    combine: str
-    family_scale: str | None
-    max_norm: float | None
-    features: list[nn.Module] | None
-    batched: bool | str
-    m_sharpness: bool
-    replay_rng: bool
-    seed: int
-    accumulate: str = "auto"
-    rows_dtype: torch.dtype | None = None
+    pass
 
 
 class Step:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -14,19 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import _checkpoint, _ops, _record, _sharded, _validation, _weighting
+from . import _checkpoint, _groups, _record, _settings, _sharded, _validation, _weighting
 from ._checkpoint import FlatMTLState
-from ._features import read_modules
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
 from ._roles import Roles
-from ._step import Settings, Step
+from ._step import Step
 from ._sync import Alone, connect
-from ._task import NonFiniteError, Parameter
-from .aggregators import Aggregator, get_aggregator
-from .buffers import BufferAggregator
-from .flatness import Flatness, get_flatness
-from .weightings import Weighting, get_weighting
+from ._task import NonFiniteError
+from .aggregators import Aggregator
+from .flatness import Flatness
+from .weightings import Weighting
 
 _HOOKS = (
     "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
@@ -150,57 +145,15 @@ class FlatMTL(Optimizer):
         process_group: Any = None,
     ) -> None:
         # Not super().__init__: param_groups, defaults and state are the wrapped optimizer's.
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but is {type(optimizer).__name__}")
-        _check_nothing_of_ours(optimizer)
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise TypeError("LBFGS cannot be wrapped: its step evaluates a closure of a single loss several times")
-        _check_duplicates(optimizer.param_groups)
-        _check_rho(rho, "rho")
-        groups = _groups_without_rho(optimizer)
-        if eta is not None and not (isinstance(eta, (int, float)) and 0.0 <= eta < math.inf):
-            raise ValueError(f"Invalid eta: {eta} (expected a finite number >= 0)")
-        mode = get_flatness(flat, every)
-        if mode.name == "asam":
-            adaptive, eta = True, 0.01 if eta is None else eta
-        combine = mode.default_combine if combine is None else combine
-        _check_choice("norm", norm, ("separate", "joint"))
-        _check_choice("combine", combine, _ops.COMBINE)
-        _check_choice("family_scale", family_scale, ("rms", None))
-        if max_norm is not None and not (isinstance(max_norm, (int, float)) and 0.0 < max_norm < math.inf):
-            raise ValueError(f"Invalid max_norm: {max_norm} (expected None or a finite number > 0)")
-        _check_choice("batched", batched, (False, True, "passes"))
-        if batched == "passes" and not mode.points_known:
-            raise ValueError(f"batched='passes': in flatness mode {mode.name!r} the tasks have no points of their own")
-        if batched == "passes" and features is not None:
-            raise ValueError("batched='passes' does not work with features=")
-        _check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        _check_choice("accumulate", accumulate, _ops.ACCUMULATE)
-        _check_rows_dtype(rows_dtype)
-        _check_choice("sync", sync, ("auto", "exact", "local", None))
-        if not (isinstance(seed, int) and 0 <= seed < 2**53):
-            raise ValueError(f"Invalid seed: {seed} (expected an integer in [0, 2^53))")
-        if sync == "local" and mode.has_state:
-            raise ValueError(f"sync='local': flatness mode {mode!r} keeps gradients of whole steps")
-        weighting = None if weighting is None else get_weighting(weighting)
-        aggregator = get_aggregator(aggregator)
-        if isinstance(aggregator, BufferAggregator):
-            given = {"features": features is not None, "max_norm": max_norm is not None}
-            self._check_buffers(aggregator, combine, sync, [name for name, value in given.items() if value])
-        if sync == "local" and weighting is not None and weighting.observes:
-            raise ValueError(
-                f"sync='local': weighting {weighting!r} learns from losses that only \"exact\" makes equal"
-            )
-        if m_sharpness and mode.has_state:
-            raise ValueError(f"m_sharpness=True: flatness mode {mode!r} keeps gradients of whole steps")
-        if rows_dtype is not None and features is not None and not mode.needs_features:
-            raise ValueError(
-                "rows_dtype= with features=: the rows are then the features' gradients, which stay as they are"
-            )
-        self.settings = Settings(
-            aggregator, weighting, mode, bool(adaptive), float(eta or 0.0), norm, combine, family_scale,
-            max_norm, self._read_features(features, mode, combine, rho, aggregator), batched, bool(m_sharpness),
-            bool(replay_rng), seed, accumulate, rows_dtype,
+        _groups.check_wrapped(optimizer, FlatMTL)
+        _groups.check_duplicates(optimizer.param_groups)
+        _groups.check_rho(rho, "rho")
+        groups = _groups.without_rho(optimizer)
+        self.settings = _settings.read(
+            aggregator=aggregator, weighting=weighting, flat=flat, every=every, rho=rho, adaptive=adaptive, eta=eta,
+            norm=norm, combine=combine, family_scale=family_scale, max_norm=max_norm, features=features, batched=batched,
+            m_sharpness=m_sharpness, replay_rng=replay_rng, nonfinite=nonfinite, seed=seed, accumulate=accumulate,
+            rows_dtype=rows_dtype, sync=sync,
         )  # fmt: skip
         self.nonfinite = nonfinite
         self.sync, self.process_group = sync, process_group
@@ -221,33 +174,6 @@ class FlatMTL(Optimizer):
             setattr(self, hooks, OrderedDict())
         self._warned_capturable_if_run_uncaptured = True
         self._patch_step_function()
-
-    def _check_buffers(self, aggregator: BufferAggregator, combine: str, sync: str | None, given: list[str]) -> None:
-        """What a method that is no function of the Gramian does not go with."""
-        if combine not in ("decomposed", "direct"):
-            raise ValueError(
-                f"aggregator {aggregator.name!r} works with combine='decomposed' or 'direct', not {combine!r}"
-            )
-        if given:
-            raise ValueError(f"aggregator {aggregator.name!r} does not work with {given[0]}=")
-        if sync == "local" and (aggregator.batches or aggregator.has_buffers):
-            raise ValueError(f"aggregator {aggregator.name!r} does not work with sync='local'")
-
-    def _read_features(
-        self, features: Any, mode: Flatness, combine: str, rho: Any, aggregator: Aggregator
-    ) -> list[nn.Module] | None:
-        modules = read_modules(features)
-        if modules is None and mode.needs_features:
-            raise ValueError(f"flatness mode {mode.name!r} needs features=, the modules whose outputs the heads read")
-        if modules is None and getattr(aggregator, "splits", 1) > 1:
-            raise ValueError(f"{aggregator!r}: splits needs features=, the modules whose outputs the heads read")
-        plain = mode.uses_rho and (max(rho) if isinstance(rho, (tuple, list)) else rho) == 0.0
-        if modules is not None and not (mode.needs_features or plain or mode.works_at_features(combine)):
-            raise ValueError(
-                f"features= with flatness mode {mode.name!r} and combine={combine!r}: gradients that stop at the "
-                "features work with rho=0, and with flat='sam', 'asam' or 'fsam' and combine='direct'"
-            )
-        return modules
 
     # -- the wrapped optimizer's, live in both directions ----------------------------------------------------------
 
@@ -278,10 +204,10 @@ class FlatMTL(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the wrapped optimizer's; the group may have a `rho`."""
         if isinstance(param_group, dict) and "rho" in param_group:
-            _check_rho(param_group["rho"], "rho of the param group")
+            _groups.check_rho(param_group["rho"], "rho of the param group")
         if isinstance(param_group, dict) and not isinstance(param_group.get("params", ()), (Tensor, set)):
             param_group["params"] = list(param_group["params"])
-            _check_duplicates([param_group], first=len(self.param_groups))
+            _groups.check_duplicates([param_group], first=len(self.param_groups))
         self.optimizer.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -382,7 +308,7 @@ class FlatMTL(Optimizer):
     ) -> Any:  # fmt: skip
         with ranks.guard():
             _validation.check(self.settings.weighting, validation, closure, batches, type(ranks) is Alone)
-            params = self._parameters()
+            params = _groups.parameters(self)
             if batches is not None:
                 batches = list(batches)
                 if not batches:
@@ -446,28 +372,6 @@ class FlatMTL(Optimizer):
                 self.states = observe(self.states, interrupt)
         return result
 
-    def _parameters(self) -> list[Parameter]:
-        found: list[Parameter] = []
-        index = -1
-        for g, group in enumerate(self.param_groups):
-            rho = group.get("rho", self.defaults.get("rho", 0.0))
-            _check_rho(rho, f"param_groups[{g}]['rho']")
-            shared, task = rho if isinstance(rho, (tuple, list)) else (rho, rho)
-            sign = -1.0 if group.get("maximize", False) else 1.0
-            names = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                index += 1
-                if not p.requires_grad:
-                    continue
-                name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
-                if not p.is_floating_point():
-                    raise TypeError(f"parameter {name} is {p.dtype}; only real floating-point ones are supported")
-                lr = float(group.get("lr", 0.0))
-                found.append(Parameter(p, sign * shared, sign * task, name, index, lr))
-        if not found:
-            raise RuntimeError("no parameter of the optimizer requires grad")
-        return found
-
     # -- state -----------------------------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -479,7 +383,7 @@ class FlatMTL(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = self.optimizer.state_dict()
-        state_dict["flatmtl"] = self._own_state()
+        state_dict["flatmtl"] = _checkpoint.own_state(self)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
             if result is not None:
@@ -490,29 +394,6 @@ class FlatMTL(Optimizer):
     def flatmtl_state(self) -> FlatMTLState:
         """What torch.distributed.checkpoint leaves out of an optimizer's state, as a Stateful to save beside it."""
         return FlatMTLState(self)
-
-    def _own_state(self) -> dict[str, Any]:
-        return {
-            "version": _checkpoint.VERSION,
-            "steps": self.steps,
-            "seed": self.settings.seed,
-            "tasks": None if self.tasks is None else list(self.tasks),
-            "roles": self.roles.state(self._all_tensors()),
-            "states": copy.deepcopy(self.states),
-        }
-
-    def _load_own_state(self, own: dict[str, Any] | None) -> None:
-        """Everything found anew, or what `_own_state` gave."""
-        if own is not None:
-            _checkpoint.check(self, own)
-        self.steps, self.tasks, self.last, self._ranks = 0, None, {}, None
-        self._after_update = self._loaded = None
-        self.roles.of, self.states = {}, {}
-        if own is not None:
-            self.steps, self.settings.seed = own["steps"], own["seed"]
-            self.tasks = None if own["tasks"] is None else list(own["tasks"])
-            self.roles.load(own["roles"], self._all_tensors())
-            self.states = copy.deepcopy(own["states"])
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -532,14 +413,14 @@ class FlatMTL(Optimizer):
         count = _checkpoint.check_groups(state_dict)
         for g, group in enumerate(state_dict["param_groups"]):
             if "rho" in group:
-                _check_rho(group["rho"], f"state_dict['param_groups'][{g}]['rho']")
+                _groups.check_rho(group["rho"], f"state_dict['param_groups'][{g}]['rho']")
         if own is not None:
             _checkpoint.check(self, own, count)
         rhos = [group.get("rho", self.defaults["rho"]) for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)
         for group, rho in zip(self.param_groups, rhos, strict=True):
             group.setdefault("rho", rho)
-        self._load_own_state(own)
+        _checkpoint.load_own_state(self, own)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -565,68 +446,3 @@ class FlatMTL(Optimizer):
             f"eta={s.eta}, norm={s.norm!r}, "
             f"combine={s.combine!r}, family_scale={s.family_scale!r}, seed={s.seed},\n{self.optimizer!r})"
         )
-
-
-def _check_rho(rho: Any, what: str) -> None:
-    pair = rho if isinstance(rho, (tuple, list)) else (rho, rho)
-    if len(pair) != 2 or not all(isinstance(r, (int, float)) and 0.0 <= r < math.inf for r in pair):
-        raise ValueError(f"Invalid {what}: {rho} (expected a finite number >= 0, or a pair (shared, task) of them)")
-
-
-def _check_nothing_of_ours(optimizer: Optimizer) -> None:
-    """Raises where the optimizer is a FlatMTL, or a framework's wrapper around one; or where it has a rho itself."""
-    inner: Any = optimizer
-    while isinstance(inner, Optimizer):
-        if isinstance(inner, FlatMTL):
-            what = "is" if inner is optimizer else f"is a {type(optimizer).__name__} around"
-            raise TypeError(f"optimizer {what} a FlatMTL already: give that one the options, or wrap its `optimizer`")
-        makers = [vars(cls)["__init__"] for cls in type(inner).__mro__ if "__init__" in vars(cls)]
-        if "rho" in getattr(inner, "defaults", ()) and any(
-            "rho" in inspect.signature(make).parameters for make in makers
-        ):
-            raise TypeError(
-                f"{type(inner).__name__} cannot be wrapped: it has a rho of its own in its param groups, where FlatMTL keeps "
-                "the radius of the perturbation"
-            )
-        inner = getattr(inner, "optimizer", None)
-
-
-def _groups_without_rho(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The param groups that FlatMTL's rho is for: those that have none, or the one that an earlier FlatMTL around this
-    optimizer gave them, which is in the defaults. Changes nothing."""
-    left = optimizer.defaults.get("rho")
-    groups = []
-    for group in optimizer.param_groups:
-        if "rho" not in group or (left is not None and group["rho"] == left):
-            groups.append(group)
-        else:
-            _check_rho(group["rho"], "rho of a param group")
-    return groups
-
-
-def _check_duplicates(groups: Iterable[dict[str, Any]], first: int = 0) -> None:
-    """Raises where a group lists a parameter twice, which torch only warns of: it would be perturbed and counted twice."""
-    for g, group in enumerate(groups, first):
-        names, seen = group.get("param_names"), dict[int, int]()
-        for i, item in enumerate(group["params"]):
-            name, p = item if isinstance(item, tuple) else (names[i] if names else None, item)
-            before = seen.setdefault(id(p), i)
-            if before != i:
-                named = "" if name is None else f" ({name!r})"
-                raise ValueError(
-                    f"param_groups[{g}]['params'] lists a parameter twice: [{before}] and [{i}] are the same{named}"
-                )
-
-
-def _check_rows_dtype(dtype: Any) -> None:
-    if dtype is None or dtype is torch.bfloat16:
-        return
-    why = ""
-    if dtype is torch.float16:
-        why = "; float16 holds nothing above 65504 and rounds to multiples of 6e-8, too little for gradients"
-    raise ValueError(f"Invalid rows_dtype: {dtype!r} (expected None or torch.bfloat16{why})")
-
-
-def _check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"Invalid {name}: {value!r} (expected one of {', '.join(repr(c) for c in choices)})")
