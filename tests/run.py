@@ -169,14 +169,23 @@ def cpp_threads() -> None:
     run(cpp_sanitized("threads", "thread"), TSAN_OPTIONS=TSAN, OMP_NUM_THREADS="4")
 
 
-def example_sanitized(kind: str, sanitizers: str, threads: int, **environment: str) -> None:
-    """examples/deploy: trained in Python, fine-tuned by a program under sanitizers; with one thread compared in Python."""
-    build, folder = BUILD / f"{kind}-example", BUILD / f"{kind}-example/model"
-    prefixes = f"-DCMAKE_PREFIX_PATH={sanitized_library(kind, sanitizers)};{torch_prefix()}"
+def example_build(name: str, kind: str, sanitizers: str, *prefixes: str) -> Path:
+    """A program of examples/ and the C library under sanitizers."""
+    build = BUILD / f"{kind}-{name}"
     flags = f"-fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
-    fast = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"  # to compile
-    run("cmake", "-S", "examples/deploy", "-B", build, prefixes, f"-DCMAKE_CXX_FLAGS={flags}", fast)
+    options = [
+        f"-DCMAKE_{language}_FLAGS{suffix}" for language in ("C", "CXX") for suffix in (f"={flags}", "_RELEASE=-O1")
+    ]
+    prefix = ";".join([str(sanitized_library(kind, sanitizers)), *prefixes])
+    run("cmake", "-S", f"examples/{name}", "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", *options)
     run("cmake", "--build", build)
+    return build
+
+
+def deploy_sanitized(kind: str, sanitizers: str, threads: int, **environment: str) -> None:
+    """examples/deploy: trained in Python, fine-tuned by a program under sanitizers; with one thread compared in Python."""
+    build = example_build("deploy", kind, sanitizers, torch_prefix())
+    folder = build / "model"
     python("examples/deploy/train.py", folder, "1")
     run(build / "finetune", folder, str(threads), OMP_NUM_THREADS=str(threads), **environment)
     if threads == 1:  # torch's own sums depend on their number
@@ -184,11 +193,15 @@ def example_sanitized(kind: str, sanitizers: str, threads: int, **environment: s
 
 
 def example_sanitizers() -> None:
-    example_sanitized("sanitize", "address,undefined", 1, ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
+    sanitizers = "address,undefined"
+    deploy_sanitized("sanitize", sanitizers, 1, ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
+    build = example_build("plain_c", "sanitize", sanitizers)
+    python("examples/plain_c/export_digits.py", build / "digits.csv")
+    run(build / "digits", build / "digits.csv", "0.1", ASAN_OPTIONS=ASAN, UBSAN_OPTIONS=UBSAN)
 
 
 def example_threads() -> None:
-    example_sanitized("threads", "thread", 4, TSAN_OPTIONS=TSAN)
+    deploy_sanitized("threads", "thread", 4, TSAN_OPTIONS=TSAN)
 
 
 def c_fuzz() -> None:
