@@ -56,7 +56,6 @@ class Passes:
         self.sum: list[Tensor | None] | None = None
         self.check_graph = check_graph
         self.features = features
-        self._narrow_at_once = False
         self.stop_at_features = False  # whether gradients stop there; then found in `at_features`, with the graph
         self.at_features: FeatureGradients | None = None
         self._first: Pass | None = None
@@ -77,7 +76,7 @@ class Passes:
         what each loss reaches is read from its graph.
         """
         self.sync.enter(len(self.arguments))
-        self._narrow_at_once = self._is_final(micro) and not summed
+        self.point.rounding.begin_pass(means=summed or self._takes_means(micro))
         means, sums = Means(len(micro)), Means(len(micro))
         for m in micro:
             total = TaskState("sum of the losses", -1) if summed else None
@@ -93,9 +92,9 @@ class Passes:
             self.point.narrow_(row)
         return states
 
-    def _is_final(self, micro: Sequence[int]) -> bool:
-        """Whether no mean is taken of what one backward gives, so that it can be rounded at once."""
-        return len(micro) == 1 and type(self.sync) is Alone
+    def _takes_means(self, micro: Sequence[int]) -> bool:
+        """Of what one backward gives."""
+        return len(micro) > 1 or type(self.sync) is not Alone
 
     def _unperturbed(self, m: int, means: Means, total: TaskState | None) -> None:
         if _losses.is_per_task(self.closure):
@@ -191,8 +190,7 @@ class Passes:
                 state.grads = self.at_features.differentiate(loss, state)
             else:
                 state.grads = self.at_features.differentiate_all(loss, state, retain_graph=not last)
-                if self._narrow_at_once:
-                    self.point.narrow_(state.grads)
+                self.point.narrow_(state.grads)  # features= has one micro-batch and one process
 
     def losses(self) -> Any:
         """The unperturbed losses, detached, in the container that the closure returned; means over micro-batches."""
@@ -206,9 +204,7 @@ class Passes:
 
         One closure for all tasks is called once a micro-batch, whatever the number of states.
         """
-        self.sync.enter(len(self.arguments), perturbed=True)
-        self._narrow_at_once = self._is_final(micro)
-        means = Means(len(micro))
+        means = self._begin_perturbed(micro)
         for m in micro:
             self._perturbed(m, {s.index: s for s in states}, means)
         self._accept_perturbed(means, states)
@@ -218,11 +214,15 @@ class Passes:
     ) -> None:
         """As `perturbed`, every task at a point of its own, in one forward and one backward a micro-batch: for the k-th
         state parameter i is `stacks[i][k]`."""
-        self._narrow_at_once = self._is_final(micro)
-        means = Means(len(micro))
+        means = self._begin_perturbed(micro)
         for m in micro:
             self._perturbed_together(m, states, stacks, means)
         self._accept_perturbed(means, states)
+
+    def _begin_perturbed(self, micro: Sequence[int]) -> Means:
+        self.sync.enter(len(self.arguments), perturbed=True)
+        self.point.rounding.begin_pass(means=self._takes_means(micro))
+        return Means(len(micro))
 
     def _accept_perturbed(self, means: Means, states: Sequence[TaskState]) -> None:
         self.point.check_unchanged()
@@ -317,7 +317,7 @@ class Passes:
                         "to the closure, which evaluates it where torch.overrides does not reach (TorchScript, a "
                         "torch.autograd.Function, compiled code)"
                     )
-                found[states[k].index].grads[i] = self.point.fitted(i, g[row], self._narrow_at_once)
+                found[states[k].index].grads[i] = self.point.fitted(i, g[row], self.point.rounding.fresh(i))
         for part in found.values():
             means.add(part)
 
@@ -417,5 +417,5 @@ class Passes:
         for k, i in enumerate(indices):
             for row in rows:
                 if (g := row[k]) is not None:
-                    row[k] = self.point.fitted(i, g, self._narrow_at_once)
+                    row[k] = self.point.fitted(i, g, self.point.rounding.fresh(i))
                 del g

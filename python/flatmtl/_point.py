@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _backend, _sharded
 from ._arithmetic import Arithmetic
+from ._rounding import Rounding
 from ._sync import Alone
 from ._task import Parameter
 
@@ -29,8 +30,7 @@ class Point:
     """The parameters of a step, a copy of their values (`saved`), and the arithmetic on lists of them.
 
     `leaves` are the parameters; `tensors` the same, or the local shards of those that are DTensors, and all else is
-    like `tensors`. Rows of gradients too, except that with `rows_dtype` those of float32 parameters are kept in that
-    dtype (`narrow`), unless `keep_wide` puts it off.
+    like `tensors`. Rows of gradients too, but for their dtype, which is up to `rounding`.
     """
 
     def __init__(self, params: Sequence[Parameter], sync: Alone, rows_dtype: torch.dtype | None = None) -> None:
@@ -44,9 +44,7 @@ class Point:
         self.arithmetic = Arithmetic(_backend.group(self.tensors, self.saved, shards), sync)
         self.arithmetic.copy_(self.saved, self.tensors)
         self.moved = False
-        self.keep_wide = False
-        self._row_dtypes = [rows_dtype if rows_dtype and t.dtype == torch.float32 else t.dtype for t in self.tensors]
-        self._narrows = any(t.dtype != dtype for t, dtype in zip(self.tensors, self._row_dtypes, strict=True))
+        self.rounding = Rounding(self.tensors, rows_dtype)
         self._versions = self._now()
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
 
@@ -97,24 +95,24 @@ class Point:
         """The gradients at the indices, zeros where there is none."""
         return [self.zeros(i) if (g := gradients[i]) is None else g for i in indices]
 
-    def fitted(self, i: int, grad: Tensor, narrow: bool = False) -> Tensor:
-        """A gradient of parameter i in the memory layout of the parameter; narrowed too if asked for."""
+    def fitted(self, i: int, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A gradient of parameter i in the memory layout of the parameter; in this dtype, if it is given."""
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
             )
-        dtype = self._row_dtypes[i] if narrow and not self.keep_wide else grad.dtype
+        dtype = dtype or grad.dtype
         if grad.stride() == self.tensors[i].stride() and grad.dtype == dtype:
             return grad
         return torch.empty_like(self.tensors[i], dtype=dtype).copy_(grad)
 
     def narrow(self, i: int, grad: Tensor) -> Tensor:
         """A gradient of parameter i as rows are kept: rounded once, to nearest, where they are narrower."""
-        return self.fitted(i, grad, narrow=True)
+        return self.fitted(i, grad, self.rounding.row(i))
 
     def narrow_(self, row: list[Tensor | None]) -> None:
         """`narrow` of each entry, one after another, so that what is wide is freed on the way."""
-        for i in range(len(row) if self._narrows else 0):
+        for i in range(len(row) if self.rounding.needed else 0):
             if (grad := row[i]) is not None:
                 row[i] = self.narrow(i, grad)
             del grad
@@ -125,7 +123,7 @@ class Point:
 
     def zeros(self, i: int) -> Tensor:
         """Zeros like a row at parameter i; one tensor for all who ask, not to be written to."""
-        dtype = self.tensors[i].dtype if self.keep_wide else self._row_dtypes[i]
+        dtype = self.rounding.row(i)
         if (i, dtype) not in self._zeros:
             self._zeros[i, dtype] = torch.zeros_like(self.tensors[i], dtype=dtype)
         return self._zeros[i, dtype]

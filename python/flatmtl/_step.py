@@ -106,7 +106,7 @@ class Step:
                 f"step(closure, batches=...), but got {count if batches is not None else 'none'}"
             )
         one_by_one = (self.settings.m_sharpness and self.flat and count > 1) or wanted > 1
-        self.point.keep_wide = one_by_one or self.sync.local  # means are still to be taken
+        self.point.rounding.begin_step(means=one_by_one or self.sync.local)
         groups = [[m] for m in range(count)] if one_by_one else [list(range(count))]
         means = Means(len(groups))
         for micro in groups:
@@ -118,7 +118,7 @@ class Step:
         if len(groups) > 1 or self.sync.local:
             self.tasks = self.sync.both(means.states(), self.summed)
             self.losses = self.sync.container(self.passes.losses(), self.tasks)
-            self.point.keep_wide = False
+            self.point.rounding.end_means()
             for state in [*self.tasks, *(state for part in self.parts for state in part)]:
                 self.point.narrow_(state.grads)
                 self.point.narrow_(state.perturbed)
