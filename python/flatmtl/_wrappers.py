@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,15 +25,12 @@ class Wrappers:
         self.fsdp: list[Any] = []
         self.batch_norm = False
         fsdp_module = _fsdp_class()
-        for thing in gc.get_objects():  # torch has no list of its wrappers
-            kind = type(thing)
-            if not issubclass(kind, (DistributedDataParallel, nn.SyncBatchNorm, fsdp_module)):
-                continue
+        for thing in _instances(DistributedDataParallel, nn.SyncBatchNorm, fsdp_module):
             if not any(id(p) in wanted for p in thing.parameters()):
                 continue
-            if issubclass(kind, DistributedDataParallel):
+            if isinstance(thing, DistributedDataParallel):
                 self.ddp.append(thing)
-            elif issubclass(kind, fsdp_module):
+            elif isinstance(thing, fsdp_module):
                 self.fsdp.append(thing)
             else:
                 self.batch_norm = True
@@ -74,13 +72,11 @@ def refuse_fsdp1(params: Sequence[Tensor]) -> None:
     """TypeError if a FullyShardedDataParallel holds one of the parameters: it reduces gradients in hooks that gradients
     of single tasks do not call."""
     module = sys.modules.get("torch.distributed.fsdp")
-    if module is None:
+    if module is None or not (dist.is_available() and dist.is_initialized()):  # without ranks there is none
         return
     wanted = {id(p) for p in params}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), module.FullyShardedDataParallel) and any(
-            id(p) in wanted for p in thing.parameters()
-        ):
+    for thing in _instances(module.FullyShardedDataParallel):
+        if any(id(p) in wanted for p in thing.parameters()):
             raise TypeError(
                 "parameters are held by torch's FullyShardedDataParallel (FSDP1), whose gradients of single tasks cannot "
                 "be had: use torch.distributed.fsdp.fully_shard (FSDP2)"
@@ -91,3 +87,14 @@ def _fsdp_class() -> type:
     from torch.distributed.fsdp import FSDPModule
 
     return FSDPModule
+
+
+def _instances(*classes: type) -> list[Any]:
+    """All objects of these classes: torch has no list of its wrappers. Looks at every object that there is."""
+    kinds, todo = set[type](), [*classes]
+    while todo:
+        kind = todo.pop()
+        if kind not in kinds:
+            kinds.add(kind)
+            todo += kind.__subclasses__()
+    return [thing for thing in gc.get_objects() if type(thing) in kinds]

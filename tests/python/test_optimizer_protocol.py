@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 
@@ -349,3 +350,14 @@ def test_torch_optimizer_error_inputs(case: object) -> None:
     else:
         with pytest.raises(case.error_type, match=case.error_regex):  # type: ignore[attr-defined]
             INFO.optim_cls(params, **given.kwargs)
+
+
+def test_no_search_for_wrappers_without_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at every object of the process, which takes longer than a small step."""
+
+    def searched() -> list[object]:
+        raise AssertionError
+
+    monkeypatch.setattr(gc, "get_objects", searched)
+    model = two_heads()
+    flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1)).step(closure_of(model, *batch()))
