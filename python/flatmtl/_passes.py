@@ -398,9 +398,10 @@ class Passes:
         """Gradients of the sum of the losses, times the loss scale."""
         leaves = [self.point.leaves[i] for i in indices]
         take = _sharded.gradients if self.point.sharded else _losses.gradients
+        rooms = [self.point.room(i) for i in indices]
         with self.interrupt.window():
             grads = list(take(losses, leaves, self.loss_scale, retain_graph))
-        self._fit_([grads], indices)
+        self._fit_([grads], indices, rooms)
         return grads
 
     def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:
@@ -412,10 +413,13 @@ class Passes:
         self._fit_(rows, indices)
         return rows
 
-    def _fit_(self, rows: Sequence[list[Tensor | None]], indices: Sequence[int]) -> None:
+    def _fit_(
+        self, rows: Sequence[list[Tensor | None]], indices: Sequence[int], rooms: Sequence[Tensor | None] = ()
+    ) -> None:
         """Gradients as a step keeps them, parameter by parameter, so that what they replace is freed on the way."""
         for k, i in enumerate(indices):
             for row in rows:
                 if (g := row[k]) is not None:
-                    row[k] = self.point.fitted(i, g, self.point.rounding.fresh(i))
+                    room = rooms[k] if rooms else None
+                    row[k] = self.point.fitted(i, g, self.point.rounding.fresh(i), room)
                 del g

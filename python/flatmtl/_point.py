@@ -95,8 +95,9 @@ class Point:
         """The gradients at the indices, zeros where there is none."""
         return [self.zeros(i) if (g := gradients[i]) is None else g for i in indices]
 
-    def fitted(self, i: int, grad: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A gradient of parameter i in the memory layout of the parameter; in this dtype, if it is given."""
+    def fitted(self, i: int, grad: Tensor, dtype: torch.dtype | None = None, room: Tensor | None = None) -> Tensor:
+        """A gradient of parameter i in the memory layout of the parameter; in this dtype, if it is given, and where it
+        has to be copied in `room`, if that is given."""
         if grad.layout != torch.strided:
             raise RuntimeError(
                 f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
@@ -104,7 +105,13 @@ class Point:
         dtype = dtype or grad.dtype
         if grad.stride() == self.tensors[i].stride() and grad.dtype == dtype:
             return grad
-        return torch.empty_like(self.tensors[i], dtype=dtype).copy_(grad)
+        return (torch.empty_like(self.tensors[i], dtype=dtype) if room is None else room).copy_(grad)
+
+    def room(self, i: int) -> Tensor | None:
+        """For `fitted`: memory for a gradient of parameter i, taken before the backward that gives it, if it will be
+        rounded. Taken after it, what the allocator has of the wide gradients is left in holes between the rows."""
+        dtype = self.rounding.fresh(i)
+        return None if dtype == self.tensors[i].dtype else torch.empty_like(self.tensors[i], dtype=dtype)
 
     def narrow(self, i: int, grad: Tensor) -> Tensor:
         """A gradient of parameter i as rows are kept: rounded once, to nearest, where they are narrower."""

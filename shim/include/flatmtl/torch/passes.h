@@ -323,6 +323,8 @@ class Passes {
       seeds.push_back(at::full(shape, 1.0, meta.options()));
       torch::autograd::impl::set_gradient_edge(roots.back(), loss.edge);
     }
+    Row rooms(indices.size());
+    for (size_t k = 0; k < indices.size() && narrow_at_once_; ++k) rooms[k] = point_.room(indices[k]);
     Row found = torch::autograd::grad(roots, at(point_.tensors(), indices), seeds, retain_graph,
                                       /*create_graph=*/false, /*allow_unused=*/true);
     for (size_t k = 0; k < found.size(); ++k) {
@@ -331,8 +333,10 @@ class Passes {
       if (found[k].layout() != torch::kStrided)
         throw std::runtime_error("gradient of parameter " + point_.params()[indices[k]].name +
                                  " is sparse; dense gradients are required");
-      if (found[k].strides() != parameter.strides()) found[k] = torch::empty_like(parameter).copy_(found[k]);
-      if (narrow_at_once_) found[k] = point_.narrow(indices[k], found[k]);
+      if (rooms[k].defined())
+        found[k] = rooms[k].copy_(found[k]);
+      else if (found[k].strides() != parameter.strides())
+        found[k] = torch::empty_like(parameter).copy_(found[k]);
     }
     return found;
   }

@@ -123,6 +123,12 @@ class Point {
     return zeros_[i];
   }
 
+  // Memory for a gradient of parameter i where it will be rounded, else undefined. To be taken before the backward that
+  // gives it: taken after it, what the allocator has of the wide gradients is left in holes between the rows.
+  torch::Tensor room(size_t i) const {
+    const at::ScalarType dtype = row_dtype(i);
+    return dtype == tensors_[i].scalar_type() ? torch::Tensor() : torch::empty_like(tensors_[i], dtype);
+  }
   // A gradient of parameter i as rows are kept: rounded once, to nearest, where they are narrower.
   torch::Tensor narrow(size_t i, const torch::Tensor &gradient) const { return gradient.to(row_dtype(i)); }
   // The same for each entry of a row that has one a parameter, one after another, so that what is wide is freed.
