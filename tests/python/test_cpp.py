@@ -29,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "give_shared": False, "dropout": 0.0, "batch_norm": False, "momentum": 0.9, "lr": 0.1, "form": "list",
     "dtype": torch.float32, "absent": False, "micro": 0, "m_sharpness": False,
     "max_norm": 0.0, "weighting": "", "weighting_values": [], "flat": "fmtl", "flat_values": [], "every": 0,
-    "accumulate": "auto", "rows": "", "no_loss": -1,
+    "accumulate": "auto", "rows": "", "no_loss": -1, "slope": False,
 }  # fmt: skip
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -137,6 +137,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fsam, direct": {"flat": "fsam", "flat_values": [0.5, 0.6], "combine": "direct", "absent": True},
     "fsam, direct, micro-batches": {"flat": "fsam", "combine": "direct", "micro": 3, "form": "closures"},
     "fsam, direct, a task without loss": {"flat": "fsam", "combine": "direct", "no_loss": 1, "absent": True},
+    "fsam, direct, a loss of 0 with a gradient": {"flat": "fsam", "combine": "direct", "no_loss": 1, "slope": True},
     "fsam, shared given, a task without loss": {"flat": "fsam", "no_loss": 2, "give_shared": True, "batch_norm": True},
     "fsam, adaptive, weighting": {"flat": "fsam", "adaptive": True, "eta": 0.01, "weighting": "si", "rho_shared": 0.5},
     "fsam, bfloat16": {"flat": "fsam", "dtype": torch.bfloat16, "lr": 0.02, "momentum": 0.0},
@@ -298,7 +299,7 @@ class Python:
             return None
         out = F.linear(h.to(w.dtype), w, b)
         if task == self.s["no_loss"] and self.batch[0][0, 4] > 0.0:  # in some of the batches
-            return (out * 0.0).sum()
+            return (out - out.detach()).sum() if self.s["slope"] else (out * 0.0).sum()
         return F.cross_entropy(out, target) if task == 0 else F.mse_loss(out, target.to(out.dtype))
 
     def all(self, task: int | None = None) -> list[Tensor | None]:
