@@ -434,14 +434,16 @@ def test_targets_on_made_up_numbers() -> None:
     section = {
         "limits": [{"threads": 1, "peak": 100.0}, {"threads": 2, "peak": 200.0}],
         "cases": [
-            {**case, "threads": 1, "times": {kernels.OURS: entry}},
-            {**case, "threads": 2, "times": {kernels.OURS: {**entry, "median": 3.0}}},
+            {**case, "threads": 1, "times": {kernels.OURS: entry, kernels.FLOOR: {"median": 0.5}}},
+            {**case, "threads": 2, "times": {kernels.OURS: {**entry, "median": 3.0}, kernels.FLOOR: {"median": 2.0}}},
             {**case, "threads": 1, "tasks": 3, "times": {kernels.OURS: entry}},
         ],
     }
     (table,) = report.targets({"kernels": section}, report.Table)
     rows_ = {row[0]: row[2:] for row in table.rows}
     assert rows_["Gramian of 16 rows or more, float32, share of the FMA peak"] == ["33 %", "50 % - 17 %", "2"]
+    bound = "Gramian of 16 rows or more, float32 / reading or multiplying at the peak"
+    assert rows_[bound] == ["1.75", "1.50 - 2.00", "2"]  # 2 over the second's 1 of the peak; 3 over the 2 of reading
     assert rows_["all threads / one thread, any kernel"] == ["1.50", "1.50 - 1.50", "1"]
     assert rows_["Gramian of at most 10 rows, float32 / reading them"] == ["1.50", "1.50 - 1.50", "1"]
 
