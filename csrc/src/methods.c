@@ -219,6 +219,7 @@ flatmtl_status fm_solve_weights(flatmtl_method method, const double *options, in
   if (divide) divide_by_mean_square(n, copy);
   fm_solve solve = {n, copy, options, call, state, scratch};
   flatmtl_status status = entry->solve(&solve, weights);
+  if (status < 0) return status; /* the weights may not be written */
   if (!divide) scale_weights(entry, options, m, n, weights);
   /* A weight beyond the range of doubles is cut to it. */
   for (int32_t i = 0; i < n; ++i) weights[i] = fmin(fmax(weights[i], -DBL_MAX), DBL_MAX);
