@@ -94,13 +94,16 @@ def c_valgrind() -> None:
     if not shutil.which("valgrind"):
         print("no valgrind here: left out")
         return
-    build = cmake_build("valgrind", "-DCMAKE_BUILD_TYPE=Debug", target="flatmtl_tests")
+    build = cmake_build("valgrind", "-DCMAKE_BUILD_TYPE=RelWithDebInfo", target="flatmtl_tests")
     run(
         "valgrind",
         "--quiet",
         "--error-exitcode=1",
         "--leak-check=full",
         build / "tests/c/flatmtl_tests",
+        "--durations=yes",
+        # Left out: its oracle needs more than the 64 bits that valgrind gives a long double.
+        "~MGDA and CAGrad meet their optimality conditions on hard Gramians",
         FLATMTL_ISA="base",
     )
 
