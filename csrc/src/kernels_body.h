@@ -52,9 +52,9 @@ FM_INLINE fm_vf load_fast(const float *p) {
 /* A fused multiply-add by double precision: the product of two F32 is exact there; the sum is rounded to odd, after
  * which the rounding to F32 has the value of a single one. */
 FM_INLINE fm_vf fma_f32(fm_vf a, fm_vf b, fm_vf c) {
-  fm_vf out;
+  fm_vf out = {0};
   for (int half = 0; half < FM_WIDTH_F32; half += FM_WIDTH) {
-    fm_vd x, y, z;
+    fm_vd x = {0}, y = {0}, z = {0};
     for (int l = 0; l < FM_WIDTH; l++) x[l] = a[half + l], y[l] = b[half + l], z[l] = c[half + l];
     const fm_vd product = x * y, sum = product + z;
     const fm_vd back = sum - product, error = (product - (sum - back)) + (z - back);
@@ -119,7 +119,7 @@ FM_INLINE fm_vd load_bf16(const uint16_t *p) {
 }
 #else
 FM_INLINE fm_vd load_bf16(const uint16_t *p) {
-  fm_vd v;
+  fm_vd v = {0};
   for (int l = 0; l < FM_WIDTH; l++) v[l] = (double)from_bf16(p[l]);
   return v;
 }
