@@ -53,7 +53,8 @@ Tensor gramian(const Tensors &rows, int64_t num_tasks, int64_t accumulate) {
   return result;
 }
 
-Tensor gramian_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int64_t num_tasks, int64_t accumulate) {
+Tensor gramian_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int64_t num_tasks, int64_t accumulate,
+                    bool cross) {
   const char *op = "gramian_pair";
   Context context(op, num_tasks, accumulate);
   Segments segments(op);
@@ -62,7 +63,7 @@ Tensor gramian_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, int
   Tensor result = new_doubles({2 * num_tasks, 2 * num_tasks});
   flatmtl_error error{};
   context.check(
-      allow_nonfinite(flatmtl_gramian_pair(context.get(), loss.get(), perturbed.get(), doubles(result), &error)),
+      allow_nonfinite(flatmtl_gramian_pair(context.get(), loss.get(), perturbed.get(), cross, doubles(result), &error)),
       error);
   return result;
 }
@@ -321,7 +322,9 @@ Tensors combine_pair(const Tensors &loss_rows, const Tensors &perturbed_rows, in
 // Methods are numbers, not strings: string arguments leak in torch 2.13 (upstream issue 191340).
 STABLE_TORCH_LIBRARY(flatmtl, m) {
   m.def("gramian(Tensor[] rows, int num_tasks, int accumulate=0) -> Tensor");
-  m.def("gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, int accumulate=0) -> Tensor");
+  m.def(
+      "gramian_pair(Tensor[] loss_rows, Tensor[] perturbed_rows, int num_tasks, int accumulate=0, "
+      "bool cross=True) -> Tensor");
   m.def("sq_norms(Tensor[] rows, int num_tasks, Tensor[] params, float eta) -> Tensor");
   m.def("weights(Tensor gramian, int method, float[] options) -> Tensor");
   m.def("weights_(Tensor gramian, int method, float[] options, Tensor(a!) state) -> Tensor");

@@ -179,10 +179,11 @@ FLATMTL_API flatmtl_status flatmtl_gramian(const flatmtl_context *context, const
  * registers (rounded to F32 for rows of F32 and narrower, to F64 for F64), never by differences of inner products:
  * those cancel when ||f|| << ||g||.
  *  loss_rows, perturbed_rows  g and s: K rows each, same segment table and dtype
+ *  cross     whether <g_i,f_j> are wanted, or stay 0: a third to a half of the work, for combine = SECOND and EACH
  *  gramian   [2K * 2K], row-major, out: ( <g_i,g_j>  <g_i,f_j> ; <f_i,g_j>  <f_i,f_j> ). ERROR_NONFINITE: row < K
  *            names g_row, row >= K names s_(row-K) (gramian is written all the same) */
 FLATMTL_API flatmtl_status flatmtl_gramian_pair(const flatmtl_context *context, const flatmtl_rows *loss_rows,
-                                                const flatmtl_rows *perturbed_rows, double *gramian,
+                                                const flatmtl_rows *perturbed_rows, int cross, double *gramian,
                                                 flatmtl_error *error);
 
 /* out_p = SUM_i weights[i] x_ip, summed in double in the order of the rows, rounded once to out's dtype.
@@ -328,7 +329,8 @@ FLATMTL_API flatmtl_status flatmtl_step_state_size(const flatmtl_settings *setti
 FLATMTL_API flatmtl_status flatmtl_settings_default(flatmtl_settings *settings, flatmtl_error *error);
 
 /* Coefficients of the update SUM loss_weights[i] g_i + flat_weights[i] f_i.
- *  gramian_pair  [2K * 2K] as flatmtl_gramian_pair gives it
+ *  gramian_pair  [2K * 2K] as flatmtl_gramian_pair gives it; with cross, or its result is meaningless, for
+ *                 FLATMTL_SECOND and FLATMTL_EACH
  *  perturbed_gramian  [K * K], the Gramian of s; needed for FLATMTL_DIRECT, otherwise ignored and may be NULL
  *  loss_weights, flat_weights  [K] each, out
  *  family_status  [2], out, or NULL: FLATMTL_OK or FLATMTL_PARETO_STATIONARY of the loss and of the flat family. direct

@@ -47,7 +47,8 @@ flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_
   if (num_tasks < 1 || num_tasks > FLATMTL_MAX_TASKS)
     return fm_fail(error, FLATMTL_ERROR_NUM_TASKS, "num_tasks", -1, -1, num_tasks);
   size_t doubles = fm_partial_doubles(triangle_size(2 * num_tasks));
-  const size_t others[] = {fm_partial_doubles((size_t)num_tasks),
+  const size_t others[] = {fm_partial_doubles(2 * triangle_size(num_tasks)),
+                           fm_partial_doubles((size_t)num_tasks),
                            FM_BLOCK,
                            fm_weights_work(num_tasks),
                            fm_step_weights_work(num_tasks),
@@ -60,13 +61,15 @@ flatmtl_status flatmtl_workspace_size(int32_t num_tasks, size_t *bytes, flatmtl_
   return FLATMTL_OK;
 }
 
-/* Virtual rows 0 .. K-1 are those of `rows`; K .. 2K-1, if `perturbed` is given, the flat ones. */
+/* Virtual rows 0 .. K-1 are those of `rows`; K .. 2K-1, if `perturbed` is given, the flat ones. They make one family,
+ * or two of K each, and products are of rows of one family. */
 typedef struct job {
   fm_chunks chunks; /* first: fm_chunks_run hands this out */
   const fm_kernels *kernels;
   const flatmtl_rows *rows;
   const flatmtl_rows *perturbed;
-  int32_t total; /* virtual rows */
+  int32_t num_families;
+  int32_t size; /* rows of a family */
   int fast;
   int32_t scanned; /* the row that scan_chunks looks at */
 } job;
@@ -167,9 +170,10 @@ static void fetch(const job *job, int32_t first_row, int32_t count, fm_cursor cu
   }
 }
 
-/* One pair of groups over one run of n elements. */
-static void add_run(const job *job, int32_t gi, int32_t gj, int32_t group, fm_cursor cursor, int64_t n, double *sums) {
-  const int32_t ni = job->total - gi < group ? job->total - gi : group;
+/* One pair of groups of the family that starts at virtual row `base`, over one run of n elements. */
+static void add_run(const job *job, int32_t base, int32_t gi, int32_t gj, int32_t group, fm_cursor cursor, int64_t n,
+                    double *sums) {
+  const int32_t ni = job->size - gi < group ? job->size - gi : group;
   double lanes[FM_GROUP * FM_GROUP * FM_LANES];
   scratch a, b;
   fm_ahead ahead;
@@ -181,12 +185,12 @@ static void add_run(const job *job, int32_t gi, int32_t gj, int32_t group, fm_cu
     const int first = done == 0, last = done + block == n;
     fm_cursor next = cursor;
     fm_cursor_advance(&next, block);
-    if (job->total <= FM_GROUP) {
-      add_pieces(job, 0, ni, cursor, block, first, last, &a, lanes, out);
+    if (job->size <= FM_GROUP) {
+      add_pieces(job, base, ni, cursor, block, first, last, &a, lanes, out);
     } else {
-      fetch(job, gi, ni, cursor, block, &a, x);
-      if (gi != gj) fetch(job, gj, group, cursor, block, &b, y);
-      look_ahead(job, gi, gi == gj ? ni : 0, next, &ahead);
+      fetch(job, base + gi, ni, cursor, block, &a, x);
+      if (gi != gj) fetch(job, base + gj, group, cursor, block, &b, y);
+      look_ahead(job, base + gi, gi == gj ? ni : 0, next, &ahead);
       multiply(job, x, ni, gi == gj ? NULL : y, group, block, first, last, lanes, out, &ahead);
     }
     cursor = next;
@@ -200,8 +204,10 @@ static void gram_chunk(const fm_chunks *chunks, int64_t length, fm_cursor cursor
   memset(out, 0, chunks->sums * sizeof(double));
   for (int64_t at = 0; at < length; at += run) {
     const int64_t n = length - at < run ? length - at : run;
-    for (int32_t gi = 0; gi < job->total; gi += group)
-      for (int32_t gj = 0; gj <= gi; gj += group) add_run(job, gi, gj, group, cursor, n, out);
+    for (int32_t f = 0; f < job->num_families; f++)
+      for (int32_t gi = 0; gi < job->size; gi += group)
+        for (int32_t gj = 0; gj <= gi; gj += group)
+          add_run(job, f * job->size, gi, gj, group, cursor, n, out + (size_t)f * triangle_size(job->size));
     fm_cursor_advance(&cursor, n);
   }
 }
@@ -220,17 +226,17 @@ static void scan_chunk(const fm_chunks *chunks, int64_t length, fm_cursor cursor
   }
 }
 
-/* Whether the rows are linearly independent by that measure; rows of zeros do not count. By Cholesky's factorization of
- * the Gramian with its diagonal scaled to 1, in `factor` [n (n + 1) / 2]. */
-static int are_independent(const double *gramian, size_t n, double *factor) {
+/* Whether n rows are linearly independent by that measure; rows of zeros do not count. By Cholesky's factorization of
+ * their Gramian, whose rows are `stride` apart, with its diagonal scaled to 1, in `factor` [n (n + 1) / 2]. */
+static int are_independent(const double *gramian, size_t n, size_t stride, double *factor) {
   double *row = factor;
   for (size_t i = 0; i < n; row += ++i) {
-    const double square = gramian[i * (n + 1)];
+    const double square = gramian[i * (stride + 1)];
     double rest = square > 0.0 ? 1.0 : 0.0;
     const double *other = factor;
     for (size_t j = 0; j < i; other += ++j) {
-      const double scale = sqrt(square) * sqrt(gramian[j * (n + 1)]);
-      double value = scale > 0.0 ? gramian[i * n + j] / scale : 0.0;
+      const double scale = sqrt(square) * sqrt(gramian[j * (stride + 1)]);
+      double value = scale > 0.0 ? gramian[i * stride + j] / scale : 0.0;
       for (size_t l = 0; l < j; l++) value -= row[l] * other[l];
       row[j] = other[j] > 0.0 ? value / other[j] : 0.0;
       rest -= row[j] * row[j];
@@ -244,7 +250,7 @@ static int are_independent(const double *gramian, size_t n, double *factor) {
 /* Whether F32 did no harm: see smallest_fast and smallest_part. Sums that overflowed are Inf or NaN; rows that are zero
  * are known exactly. */
 static int is_sound(const flatmtl_context *context, job *job, const double *gramian) {
-  const size_t n = (size_t)job->total;
+  const size_t size = (size_t)job->size, n = (size_t)job->num_families * size;
   for (size_t i = 0; i < n; i++) {
     for (size_t j = 0; j <= i; j++)
       if (!isfinite(gramian[i * n + j])) return 0;
@@ -257,24 +263,30 @@ static int is_sound(const flatmtl_context *context, job *job, const double *gram
     fm_chunks_run(context, &job->chunks, job->rows, 1, scan_chunk, &nonzero);
     if (nonzero != 0.0) return 0;
   }
-  return are_independent(gramian, n, context->workspace);
+  for (size_t first = 0; first < n; first += size)
+    if (!are_independent(gramian + first * (n + 1), size, n, context->workspace)) return 0;
+  return 1;
 }
 
-/* Gramian of the virtual rows into the full matrix. */
+/* Gramian of the virtual rows into the full matrix; zeros between families. */
 static void fill(const flatmtl_context *context, job *job, double *gramian) {
-  const int32_t n = job->total;
-  double *sums = context->workspace;
+  const size_t size = (size_t)job->size, n = (size_t)job->num_families * size;
+  const size_t per_family = triangle_size(job->size);
+  const double *sums = context->workspace;
   job->kernels = fm_kernels_get();
   job->fast = context->accumulate == FLATMTL_ACCUMULATE_AUTO && job->rows->dtype != FLATMTL_F64 && n >= FM_FAST_ROWS &&
               fm_total_length(job->rows) >= FM_FAST_LENGTH;
+  memset(gramian, 0, n * n * sizeof(double));
   for (;;) {
-    job->chunks.sums = triangle_size(n);
-    fm_chunks_run(context, &job->chunks, job->rows, (double)n * (1.0 + n * (job->fast ? 0.06 : 0.12)), gram_chunk,
-                  sums);
-    for (int32_t i = 0; i < n; i++)
-      for (int32_t j = 0; j <= i; j++)
-        gramian[(size_t)i * (size_t)n + (size_t)j] = gramian[(size_t)j * (size_t)n + (size_t)i] =
-            sums[triangle(i) + (size_t)j];
+    const double product = job->fast ? 0.06 : 0.12; /* of the time to read a number */
+    job->chunks.sums = (size_t)job->num_families * per_family;
+    fm_chunks_run(context, &job->chunks, job->rows, (double)n * (1.0 + product * (double)size), gram_chunk,
+                  context->workspace);
+    for (size_t first = 0, f = 0; first < n; first += size, f++)
+      for (size_t i = 0; i < size; i++)
+        for (size_t j = 0; j <= i; j++)
+          gramian[(first + i) * n + first + j] = gramian[(first + j) * n + first + i] =
+              sums[f * per_family + triangle((int32_t)i) + j];
     if (!job->fast || is_sound(context, job, gramian)) return;
     job->fast = 0;
   }
@@ -297,7 +309,7 @@ flatmtl_status flatmtl_gramian(const flatmtl_context *context, const flatmtl_row
   if (status == FLATMTL_OK)
     status = check_output(gramian, (size_t)n * (size_t)n * sizeof(double), rows, NULL, "gramian", error);
   if (status != FLATMTL_OK) return status;
-  job job = {.rows = rows, .total = n};
+  job job = {.rows = rows, .num_families = 1, .size = n};
   fill(context, &job, gramian);
   for (int32_t i = 0; i < n; i++) {
     const double diagonal = gramian[(size_t)i * (size_t)(n + 1)];
@@ -307,7 +319,8 @@ flatmtl_status flatmtl_gramian(const flatmtl_context *context, const flatmtl_row
 }
 
 flatmtl_status flatmtl_gramian_pair(const flatmtl_context *context, const flatmtl_rows *loss_rows,
-                                    const flatmtl_rows *perturbed_rows, double *gramian, flatmtl_error *error) {
+                                    const flatmtl_rows *perturbed_rows, int cross, double *gramian,
+                                    flatmtl_error *error) {
   flatmtl_status status = fm_check_rows(loss_rows, 0, "loss_rows", error);
   if (status == FLATMTL_OK) status = fm_check_rows(perturbed_rows, loss_rows->num_rows, "perturbed_rows", error);
   if (status == FLATMTL_OK) status = fm_check_same_table(loss_rows, perturbed_rows, "perturbed_rows", error);
@@ -318,7 +331,7 @@ flatmtl_status flatmtl_gramian_pair(const flatmtl_context *context, const flatmt
   if (status == FLATMTL_OK)
     status = check_output(gramian, (size_t)n * (size_t)n * sizeof(double), loss_rows, perturbed_rows, "gramian", error);
   if (status != FLATMTL_OK) return status;
-  job job = {.rows = loss_rows, .perturbed = perturbed_rows, .total = n};
+  job job = {.rows = loss_rows, .perturbed = perturbed_rows, .num_families = cross ? 1 : 2, .size = cross ? n : k};
   fill(context, &job, gramian);
   for (int32_t i = 0; i < n; i++) {
     const double diagonal = gramian[(size_t)i * (size_t)(n + 1)];

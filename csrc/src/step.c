@@ -285,7 +285,8 @@ flatmtl_status flatmtl_step_finish(flatmtl_step *step, const flatmtl_context *co
   flatmtl_settings settings = *step->settings;
   step->phase = PHASE_NEW; /* after an error only begin is left */
   if (flat) {
-    status = flatmtl_gramian_pair(context, &problem->shared_loss, &problem->shared_perturbed, step->pair, error);
+    const int cross = settings.combine == FLATMTL_SECOND || settings.combine == FLATMTL_EACH;
+    status = flatmtl_gramian_pair(context, &problem->shared_loss, &problem->shared_perturbed, cross, step->pair, error);
     if (status == FLATMTL_ERROR_NONFINITE && error) {
       error->argument = error->row < k ? "shared_loss" : "shared_perturbed";
       error->row %= k;

@@ -72,13 +72,16 @@ class Arithmetic:
                     shards.add(group.shards, part)
         return total + shards.sum() if shards else total
 
-    def gramian_pair(self, loss_rows: Sequence[Row], perturbed_rows: Sequence[Row], indices: Sequence[int]) -> Tensor:
-        """Gramian of (g_1 .. g_K, f_1 .. f_K), f = s - g: (2K, 2K) float64 on the CPU."""
+    def gramian_pair(
+        self, loss_rows: Sequence[Row], perturbed_rows: Sequence[Row], indices: Sequence[int], cross: bool = True
+    ) -> Tensor:
+        """Gramian of (g_1 .. g_K, f_1 .. f_K), f = s - g: (2K, 2K) float64 on the CPU. <g_i, f_j> = 0 without `cross`,
+        in about half of the time."""
         total, shards = torch.zeros(2 * len(loss_rows), 2 * len(loss_rows), dtype=torch.float64), ShardSums(self.sync)
         for group in self.groups:
             at = group.positions(indices)
             if at:
-                part = group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at), self.accumulate)
+                part = group.backend.gramian_pair(_at(loss_rows, at), _at(perturbed_rows, at), self.accumulate, cross)
                 if group.shards is None:
                     total += part
                 else:

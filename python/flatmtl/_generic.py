@@ -33,14 +33,15 @@ def gramian(rows: Rows, accumulate: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0) -> Tensor:
-    """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K)."""
+def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0, cross: bool = True) -> Tensor:
+    """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K); <g_i, f_j> = 0 without `cross`."""
     count, total = len(loss_rows), None
     for pieces in _pieces([*loss_rows, *perturbed_rows]):
         loss, perturbed = pieces[:count], pieces[count:]
         flat = [_flat_gradient(g, s) for g, s in zip(loss, perturbed, strict=True)]
         matrix = torch.stack([x.reshape(-1) for x in [_wide(g) for g in loss] + flat])
-        total = _add(total, matrix @ matrix.T)
+        families = [matrix] if cross else [matrix[:count], matrix[count:]]
+        total = _add(total, torch.block_diag(*(family @ family.T for family in families)))
     return _result(total, 2 * count, 2 * count)
 
 

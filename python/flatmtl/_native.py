@@ -29,12 +29,12 @@ def gramian(rows: Rows, accumulate: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0) -> Tensor:
-    """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K)."""
+def gramian_pair(loss_rows: Rows, perturbed_rows: Rows, accumulate: int = 0, cross: bool = True) -> Tensor:
+    """Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K); <g_i, f_j> = 0 without `cross`."""
     count = len(loss_rows)
     return _read(
         [*loss_rows, *perturbed_rows],
-        lambda rows: ops.gramian_pair(_flat(rows[:count]), _flat(rows[count:]), count, accumulate),
+        lambda rows: ops.gramian_pair(_flat(rows[:count]), _flat(rows[count:]), count, accumulate, cross),
     )
 
 

@@ -137,7 +137,9 @@ def _(rows: list[Tensor], num_tasks: int, accumulate: int = 0) -> Tensor:
 
 
 @fake("flatmtl::gramian_pair")
-def _(loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, accumulate: int = 0) -> Tensor:
+def _(
+    loss_rows: list[Tensor], perturbed_rows: list[Tensor], num_tasks: int, accumulate: int = 0, cross: bool = True
+) -> Tensor:
     return _doubles(_first(loss_rows), 2 * num_tasks, 2 * num_tasks)
 
 

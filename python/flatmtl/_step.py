@@ -314,7 +314,8 @@ class Step:
     def _gramians(
         self, loss_rows: list[list[Tensor]], perturbed_rows: list[list[Tensor]] | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The Gramian of (g, f), (2K, 2K), and that of s for combine="direct"; without the loss scale."""
+        """The Gramian of (g, f), (2K, 2K), and that of s for combine="direct"; without the loss scale. <g_i, f_j> is 0
+        where nothing looks at it."""
         count = len(self.present)
         direct = None
         pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
@@ -325,7 +326,8 @@ class Step:
             for square, state in zip(direct.diagonal().tolist(), self.present, strict=True):
                 check_square(square, state.task, "perturbed")
         else:
-            pair = self.arithmetic.gramian_pair(loss_rows, perturbed_rows, self.shared)
+            cross = self.settings.combine in ("second", "each") or self.settings.flat.needs_cross_products
+            pair = self.arithmetic.gramian_pair(loss_rows, perturbed_rows, self.shared, cross)
             if self.settings.combine == "direct":
                 direct = self.arithmetic.gramian(perturbed_rows, self.shared)
         squares = pair.diagonal().tolist()

@@ -205,7 +205,8 @@ class _Step:
         ops, count = torch.ops.flatmtl, len(rows)
         loss_rows, perturbed_rows = matrix(rows), matrix(perturbed)
         options = self.aggregator.option_values(count)
-        pair = ops.gramian_pair(loss_rows, perturbed_rows, count)
+        cross = self.combine in (COMBINE["second"], COMBINE["each"])
+        pair = ops.gramian_pair(loss_rows, perturbed_rows, count, cross=cross)
         direct = ops.gramian(perturbed_rows, count) if self.combine == COMBINE["direct"] else None
         combine = self.combine if flat else COMBINE["decomposed"]
         a, b, _ = ops.step_weights(pair, direct, self.aggregator.number, options, combine, self.family_scale)

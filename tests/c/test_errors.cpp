@@ -82,7 +82,7 @@ std::vector<Call> calls(Arguments &a) {
       {"gramian_pair",
        {"context", "loss_rows", "perturbed_rows", "gramian"},
        [&a, context](int n, flatmtl_error *e) {
-         return flatmtl_gramian_pair(unless(n == 0, context), unless(n == 1, &a.g_rows), unless(n == 2, &a.s_rows),
+         return flatmtl_gramian_pair(unless(n == 0, context), unless(n == 1, &a.g_rows), unless(n == 2, &a.s_rows), 1,
                                      unless(n == 3, a.result), e);
        }},
       {"combine",
@@ -265,7 +265,7 @@ TEST_CASE("Sizes that are negative, and memory that is too small, are refused", 
   CHECK(error.value == -3.0);
   rows = a.g_rows;
   rows.num_segments = -1;
-  CHECK(flatmtl_gramian_pair(a.context, &rows, &a.s_rows, a.result, &error) == FLATMTL_ERROR_SIZE);
+  CHECK(flatmtl_gramian_pair(a.context, &rows, &a.s_rows, 1, a.result, &error) == FLATMTL_ERROR_SIZE);
   flatmtl_vector out = a.out_vector;
   out.num_segments = -1;
   CHECK(flatmtl_copy(a.context, &out, &a.saved_rows, &error) == FLATMTL_ERROR_SIZE);
@@ -291,7 +291,7 @@ TEST_CASE("Tables that differ, and outputs that overlap, are refused by every ke
     const flatmtl_rows row = {rows.dtype, 1, rows.num_segments, rows.lengths, rows.data};
     const flatmtl_vector vector = bad->vector();
     CHECK(flatmtl_sq_norms(a.context, &a.g_rows, &row, 0.0, a.result, &error) == wanted);
-    CHECK(flatmtl_gramian_pair(a.context, &a.g_rows, &rows, a.result, &error) == wanted);
+    CHECK(flatmtl_gramian_pair(a.context, &a.g_rows, &rows, 1, a.result, &error) == wanted);
     CHECK(flatmtl_combine(a.context, &a.g_rows, a.w, &vector, &error) == wanted);
     CHECK(flatmtl_combine_pair(a.context, &a.g_rows, &rows, a.w, a.v, &a.out_vector, &error) == wanted);
     CHECK(flatmtl_perturb(a.context, &a.out_vector, &row, &a.one_gradient, a.scale, 0, 0.0, &error) == wanted);

@@ -128,9 +128,10 @@ TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or
           const Rows gc = g.recut(cuts[way]), sc = s.recut(cuts[way]);
           Context context(k, std::array<int, 4>{{1, 2, 3, 7}}[way]);
           const auto gr = gc.rows(), sr = sc.rows();
-          std::vector<double> result(5 * k * k);
+          std::vector<double> result(9 * k * k);
           REQUIRE(flatmtl_gramian(context, &gr, result.data(), nullptr) == FLATMTL_OK);
-          if (k < 35) REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, result.data() + k * k, nullptr) == FLATMTL_OK);
+          if (k < 35) REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 1, result.data() + k * k, nullptr) == FLATMTL_OK);
+          REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 0, result.data() + 5 * k * k, nullptr) == FLATMTL_OK);
           if (first.empty()) first = result;
           CAPTURE(isa, way, k, static_cast<int>(dtype));
           REQUIRE(std::memcmp(first.data(), result.data(), result.size() * sizeof(double)) == 0);
@@ -223,7 +224,7 @@ TEST_CASE("Inf and NaN in long rows are reported, and other rows keep their valu
       REQUIRE(flatmtl_gramian(context, &sr, result.data(), &error) == FLATMTL_ERROR_NONFINITE);
       REQUIRE(error.row == 5);
       REQUIRE(std::isfinite(result[4 * (k + 1)]));
-      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, result.data(), &error) == FLATMTL_ERROR_NONFINITE);
+      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 1, result.data(), &error) == FLATMTL_ERROR_NONFINITE);
       REQUIRE(error.row == k + 5);
     }
 }
@@ -249,6 +250,70 @@ TEST_CASE("Nearly dependent rows are summed in F64, which keeps the Gramian posi
     const auto g = gramian(rows);
     REQUIRE(g != f64());
     REQUIRE(distance(g, f64(), k) <= 1e-8);
+  }
+}
+
+TEST_CASE("A pair without cross products has both families' Gramians") {
+  const int32_t k = 40;
+  Rows g(FLATMTL_F32, k, {LONG}), s(FLATMTL_F32, k, {LONG}), flat(FLATMTL_F32, k, {LONG});
+  g.fill(2);
+  s.fill(3, 1e-3);
+  for (int32_t i = 0; i < k; i++)
+    for (int64_t p = 0; p < LONG; p++)
+      flat.set(i, p, static_cast<float>(s.get(i, p)) - static_cast<float>(g.get(i, p)));
+  const auto families = [&](int32_t n) {
+    Context context(n, 2);
+    const auto gr = g.rows(), sr = s.rows();
+    const flatmtl_rows first = {gr.dtype, n, 1, gr.lengths, gr.data}, other = {sr.dtype, n, 1, sr.lengths, sr.data};
+    std::vector<double> pair(4 * n * n), parts[2];
+    REQUIRE(flatmtl_gramian_pair(context, &first, &other, 0, pair.data(), nullptr) == FLATMTL_OK);
+    for (int32_t i = 0; i < 2 * n; i++)
+      for (int32_t j = 0; j < 2 * n; j++)
+        if ((i < n) == (j < n))
+          parts[i < n ? 0 : 1].push_back(pair[i * 2 * n + j]);
+        else
+          REQUIRE(pair[i * 2 * n + j] == 0.0);
+    return std::vector<std::vector<double>>{parts[0], parts[1]};
+  };
+  const auto exact = [&](const Rows &rows, int32_t n) {
+    const auto all = gramian(rows, 2, FLATMTL_ACCUMULATE_F64);
+    std::vector<double> part;
+    for (int32_t i = 0; i < n; i++) part.insert(part.end(), &all[i * k], &all[i * k] + n);
+    return part;
+  };
+  SECTION("within the bounds of F32, whatever the number of panels") {
+    for (int32_t n : {3, 16, 17, 33, 40}) {
+      const auto parts = families(n);
+      CAPTURE(n);
+      REQUIRE(distance(parts[0], exact(g, n), n) <= 1e-8);
+      REQUIRE(distance(parts[1], exact(flat, n), n) <= 1e-8);
+      REQUIRE(distance(parts[1], exact(flat, n), n) > 1e-13);  // it is F32
+    }
+  }
+  SECTION("in the workspace that is asked for, of few rows in as many chunks as there can be") {
+    const int64_t n = 64 * 4096 + 5;
+    for (int32_t rows : {1, 2}) {
+      Rows x(FLATMTL_F32, rows, {n}), y(FLATMTL_F32, rows, {n});
+      x.fill(4);
+      y.fill(5);
+      const auto xr = x.rows(), yr = y.rows();
+      Context context(rows, 2);
+      std::vector<double> pair(4 * rows * rows);
+      REQUIRE(flatmtl_gramian_pair(context, &xr, &yr, 0, pair.data(), nullptr) == FLATMTL_OK);
+      const auto whole = gramian(x, 2);
+      for (int32_t i = 0; i < rows; i++) REQUIRE(pair[i] == whole[i]);
+    }
+  }
+  SECTION("F64 takes over where the rows of one of them are nearly dependent") {
+    for (int64_t p = 0; p < LONG; p++) {  // f_4 = f_1, in numbers that F32 has
+      g.set(4, p, static_cast<double>(p % 101));
+      g.set(1, p, static_cast<double>(p % 103));
+      for (int32_t i : {1, 4}) s.set(i, p, g.get(i, p) + static_cast<double>(p % 7));
+      for (int32_t i : {1, 4}) flat.set(i, p, static_cast<double>(p % 7));
+    }
+    const auto parts = families(6);
+    REQUIRE(distance(parts[1], exact(flat, 6), 6) <= 1e-13);
+    REQUIRE(parts[1][4 * 6 + 1] == parts[1][1 * 6 + 1]);
   }
 }
 

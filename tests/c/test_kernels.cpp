@@ -50,8 +50,9 @@ TEST_CASE("Gramians and norms agree with sums in long double") {
       const auto gr = g.rows(), sr = s.rows(), tr = theta.rows();
       Context context(k);
       const int32_t n = 2 * k;
-      std::vector<double> pair(n * n), single(k * k), norms(k), scaled(k);
-      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, pair.data(), nullptr) == FLATMTL_OK);
+      std::vector<double> pair(n * n), families(n * n, 1.0), single(k * k), norms(k), scaled(k);
+      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 1, pair.data(), nullptr) == FLATMTL_OK);
+      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 0, families.data(), nullptr) == FLATMTL_OK);
       REQUIRE(flatmtl_gramian(context, &gr, single.data(), nullptr) == FLATMTL_OK);
       REQUIRE(flatmtl_sq_norms(context, &gr, nullptr, 0.0, norms.data(), nullptr) == FLATMTL_OK);
       REQUIRE(flatmtl_sq_norms(context, &gr, &tr, 0.25, scaled.data(), nullptr) == FLATMTL_OK);
@@ -66,6 +67,7 @@ TEST_CASE("Gramians and norms agree with sums in long double") {
             size += std::fabs(value(i, p) * value(j, p));
           }
           REQUIRE(std::fabs(static_cast<double>(sum) - pair[i * n + j]) <= 1e-14 * static_cast<double>(size));
+          REQUIRE(families[i * n + j] == ((i < k) == (j < k) ? pair[i * n + j] : 0.0));
           if (i < k && j < k) REQUIRE(single[i * k + j] == pair[i * n + j]);  // short rows: both are summed in F64
         }
       for (int32_t i = 0; i < k; i++) {
@@ -147,8 +149,9 @@ TEST_CASE("Bits do not depend on the instruction set, the threads or the segment
           Rows combined(dtype, 1, cut), moved(dtype, 1, cut);
           const auto gr = gc.rows(), sr = sc.rows(), tr = tc.rows();
           const auto c = combined.vector(), m = moved.vector();
-          std::vector<double> results(4 * k * k + 2 * k), scale(cut.size(), 0.01);
-          REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, results.data(), nullptr) == FLATMTL_OK);
+          std::vector<double> results(8 * k * k + 2 * k), scale(cut.size(), 0.01);
+          REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 1, results.data(), nullptr) == FLATMTL_OK);
+          REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 0, &results[4 * k * k + 2 * k], nullptr) == FLATMTL_OK);
           REQUIRE(flatmtl_sq_norms(context, &gr, nullptr, 0.0, &results[4 * k * k], nullptr) == FLATMTL_OK);
           REQUIRE(flatmtl_sq_norms(context, &gr, &tr, 0.1, &results[4 * k * k + k], nullptr) == FLATMTL_OK);
           REQUIRE(flatmtl_combine_pair(context, &gr, &sr, a.data(), b.data(), &c, nullptr) == FLATMTL_OK);
@@ -285,7 +288,7 @@ TEST_CASE("Non-finite rows are named, and nothing else is disturbed") {
       Context context(3);
       std::vector<double> pair(36), single(9), norms(3);
       flatmtl_error error{};
-      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, pair.data(), &error) == FLATMTL_ERROR_NONFINITE);
+      REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, 1, pair.data(), &error) == FLATMTL_ERROR_NONFINITE);
       REQUIRE(error.row == 4);
       REQUIRE(flatmtl_gramian(context, &sr, single.data(), &error) == FLATMTL_ERROR_NONFINITE);
       REQUIRE(error.row == 1);
@@ -330,10 +333,10 @@ TEST_CASE("Bad arguments are refused by a status that names them, before anythin
   REQUIRE(flatmtl_gramian(context, &bad, gramian, &error) == FLATMTL_ERROR_NULL);
   REQUIRE(error.row == 1);
   REQUIRE(error.segment == 0);
-  REQUIRE(flatmtl_gramian_pair(context, &gr, &otherr, gramian, &error) == FLATMTL_ERROR_MISMATCH);
+  REQUIRE(flatmtl_gramian_pair(context, &gr, &otherr, 1, gramian, &error) == FLATMTL_ERROR_MISMATCH);
   REQUIRE(named("perturbed_rows"));
-  REQUIRE(flatmtl_gramian_pair(context, &gr, &wider, gramian, &error) == FLATMTL_ERROR_DTYPE);
-  REQUIRE(flatmtl_gramian_pair(context, &gr, &oner, gramian, &error) == FLATMTL_ERROR_MISMATCH);
+  REQUIRE(flatmtl_gramian_pair(context, &gr, &wider, 1, gramian, &error) == FLATMTL_ERROR_DTYPE);
+  REQUIRE(flatmtl_gramian_pair(context, &gr, &oner, 1, gramian, &error) == FLATMTL_ERROR_MISMATCH);
   REQUIRE(flatmtl_sq_norms(context, &gr, &oner, -1.0, gramian, &error) == FLATMTL_ERROR_OPTION);
   REQUIRE(named("eta"));
   flatmtl_context small = context.value;

@@ -33,11 +33,11 @@ std::vector<Table> tables(World &w) {
        [=, &n](const flatmtl_rows &t, flatmtl_error *e) { return flatmtl_gramian(c, &t, n.result, e); }, true},
       {"gramian_pair", "loss_rows", w.g_rows,
        [=, &n, &w](const flatmtl_rows &t, flatmtl_error *e) {
-         return flatmtl_gramian_pair(c, &t, &w.s_rows, n.result, e);
+         return flatmtl_gramian_pair(c, &t, &w.s_rows, 1, n.result, e);
        }},
       {"gramian_pair", "perturbed_rows", w.s_rows,
        [=, &n, &w](const flatmtl_rows &t, flatmtl_error *e) {
-         return flatmtl_gramian_pair(c, &w.g_rows, &t, n.result, e);
+         return flatmtl_gramian_pair(c, &w.g_rows, &t, 1, n.result, e);
        }},
       {"combine", "rows", w.g_rows,
        [=, &n](const flatmtl_rows &t, flatmtl_error *e) { return flatmtl_combine(c, &t, n.weights, out, e); }},

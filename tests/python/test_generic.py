@@ -43,6 +43,7 @@ class TestAgainstNative:
         dg, ds, dparams = to(g, device), to(s, device), to([params], device)[0]
         assert_close(_generic.gramian(dg), _native.gramian(g))
         assert_close(_generic.gramian_pair(dg, ds), _native.gramian_pair(g, s))
+        assert_close(_generic.gramian_pair(dg, ds, cross=False), _native.gramian_pair(g, s, cross=False))
         assert_close(_generic.sq_norms(dg), _native.sq_norms(g))
         assert_close(_generic.sq_norms(dg, dparams, 0.25), _native.sq_norms(g, params, 0.25))
 

@@ -54,7 +54,7 @@ class Core:
 
     def gramian_pair(self, loss: Sequence[Sequence[Tensor]], flat: Sequence[Sequence[Tensor]]) -> Callable[[], Tensor]:
         out = torch.empty(2 * len(loss), 2 * len(loss), dtype=torch.float64)
-        return self._call("flatmtl_gramian_pair", [self._rows(loss), self._rows(flat)], out)
+        return self._call("flatmtl_gramian_pair", [self._rows(loss), self._rows(flat)], out, ctypes.c_int(0))
 
     def combine(
         self, out: Sequence[Tensor], rows: Sequence[Sequence[Tensor]], weights: Tensor
@@ -69,12 +69,12 @@ class Core:
 
         return work
 
-    def _call(self, name: str, tables: list[_Rows], out: Tensor) -> Callable[[], Tensor]:
+    def _call(self, name: str, tables: list[_Rows], out: Tensor, *options: Any) -> Callable[[], Tensor]:
         function, context = getattr(_ops.core, name), ctypes.byref(self._context)
         arguments, result = [ctypes.byref(table) for table in tables], ctypes.c_void_p(out.data_ptr())
 
         def work() -> Tensor:
-            self._check(function(context, *arguments, result, None))
+            self._check(function(context, *arguments, *options, result, None))
             return out
 
         self._kept.append(tables)

@@ -53,6 +53,11 @@ class Flatness(HasOptions):
         """
         return None
 
+    @property
+    def needs_cross_products(self) -> bool:
+        """Whether `transform` or `finish` look at the <g_i, f_j> in `pair`, which are 0 otherwise."""
+        return type(self).transform is not Flatness.transform or type(self).finish is not Flatness.finish
+
     def finish(self, step: Step, pair: Tensor) -> None:
         """Called last: writes what the mode's state becomes to `step.new_states["flat"]`. May use up the gradients."""
 

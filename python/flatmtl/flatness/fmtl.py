@@ -64,6 +64,10 @@ class FMTL(Flatness):
         factor *= norm / last if last > 0.0 else 0.0
         reuse(step, state, old["orthogonal"][k], factor)
 
+    @property
+    def needs_cross_products(self) -> bool:
+        return self.every > 1
+
     def finish(self, step: Step, pair: Tensor) -> None:
         if self.every == 1:
             return

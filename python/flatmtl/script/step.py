@@ -205,7 +205,8 @@ class Step(nn.Module):
         pair = torch.zeros(2 * count, 2 * count, dtype=torch.float64)
         perturbed_gramian: Tensor | None = None
         if flat:
-            pair.copy_(torch.ops.flatmtl.gramian_pair(list(loss_rows), list(perturbed_rows), count))
+            cross = self.combine >= 2  # second and each
+            pair.copy_(torch.ops.flatmtl.gramian_pair(list(loss_rows), list(perturbed_rows), count, 0, cross))
             if self.combine == 1:
                 perturbed_gramian = torch.ops.flatmtl.gramian(list(perturbed_rows), count)
         else:

@@ -379,6 +379,23 @@ inline std::optional<std::pair<double, double>> transform(StepData &step, const 
   return std::make_pair(-alpha * lack, 1.0 + times(alpha, 1.0 - lack));
 }
 
+// Whether the combination, transform or finish look at the <g_i, f_j>.
+inline bool needs_cross_products(const StepData &step) {
+  const std::string &combine = *step.options.combine();
+  const Flatness &flat = step.options.flat();
+  if (combine == "second" || combine == "each") return true;
+  switch (flat.mode()) {
+    case Flatness::Mode::fmtl:
+      return flat.every() > 1;
+    case Flatness::Mode::gsam:
+    case Flatness::Mode::wsam:
+    case Flatness::Mode::looksam:
+      return true;
+    default:
+      return false;
+  }
+}
+
 // Called last: what the mode keeps.
 inline void finish(StepData &step, const torch::Tensor &pair) {
   if (step.options.flat().mode() == Flatness::Mode::fmtl) finish_fmtl(step, pair);

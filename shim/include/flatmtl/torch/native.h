@@ -174,9 +174,9 @@ inline torch::Tensor gramian(const std::vector<Row> &rows, flatmtl_accumulate ac
   return result;
 }
 
-// Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K) float64.
+// Gramian of (g_1 .. g_K, f_1 .. f_K), f = perturbed - loss rows, (2K, 2K) float64; <g_i, f_j> = 0 without `cross`.
 inline torch::Tensor gramian_pair(const std::vector<Row> &loss_rows, const std::vector<Row> &perturbed_rows,
-                                  flatmtl_accumulate accumulate) {
+                                  flatmtl_accumulate accumulate, bool cross) {
   const auto count = static_cast<int64_t>(loss_rows.size());
   Context context("gramian_pair", count, accumulate);
   const Segments segments(loss_rows[0]);
@@ -185,7 +185,7 @@ inline torch::Tensor gramian_pair(const std::vector<Row> &loss_rows, const std::
   const flatmtl_rows perturbed = segments.rows(perturbed_rows, &perturbed_data);
   torch::Tensor result = torch::empty({2 * count, 2 * count}, torch::kDouble);
   flatmtl_error error{};
-  context.check(flatmtl_gramian_pair(context.get(), &loss, &perturbed, doubles(result), &error), error);
+  context.check(flatmtl_gramian_pair(context.get(), &loss, &perturbed, cross, doubles(result), &error), error);
   return result;
 }
 

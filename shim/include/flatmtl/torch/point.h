@@ -165,14 +165,15 @@ class Point {
     return total;
   }
 
+  // <g_i, f_j> = 0 without `cross`.
   torch::Tensor gramian_pair(const std::vector<Row> &loss_rows, const std::vector<Row> &perturbed_rows,
-                             const Indices &indices) const {
+                             const Indices &indices, bool cross = true) const {
     const auto count = static_cast<int64_t>(loss_rows.size());
     torch::Tensor total = torch::zeros({2 * count, 2 * count}, torch::kDouble);
     for (const auto &group : groups_) {
       const Indices chosen = places(indices, group);
       if (!chosen.empty())
-        total.add_(detail::gramian_pair(at(loss_rows, chosen), at(perturbed_rows, chosen), accumulate_));
+        total.add_(detail::gramian_pair(at(loss_rows, chosen), at(perturbed_rows, chosen), accumulate_, cross));
     }
     return total;
   }

@@ -283,14 +283,14 @@ class Step : private StepData {
       new_states.aggregator = states.aggregator.scatter(settings.method, settings.combine, total, present_at, state);
   }
 
-  // The Gramian of (g, f), and that of s for combine "direct".
+  // The Gramian of (g, f), and that of s for combine "direct". <g_i, f_j> is 0 where nothing looks at it.
   std::pair<torch::Tensor, torch::Tensor> gramians(const std::vector<Row> &loss, const std::vector<Row> &moved) const {
     const auto count = static_cast<int64_t>(present.size());
     torch::Tensor pair = torch::zeros({2 * count, 2 * count}, torch::kDouble), direct;
     if (!flat)
       pair.slice(0, 0, count).slice(1, 0, count).copy_(point.gramian(loss, shared));
     else if (!summed)
-      pair = point.gramian_pair(loss, moved, shared);
+      pair = point.gramian_pair(loss, moved, shared, needs_cross_products(*this));
     if (flat && *options.combine() == "direct") direct = point.gramian(moved, shared);
     const torch::Tensor squares =
         summed ? torch::cat({pair.diagonal().slice(0, 0, count), direct.diagonal()}) : pair.diagonal();
