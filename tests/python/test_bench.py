@@ -205,7 +205,9 @@ def test_the_c_interface(probes: Probes) -> None:
     pieces = [rows.cut(row, "500 x 400") for row in x]
     core = Core(probes, 3)
     assert torch.equal(core.gramian(pieces[:3])(), _native.gramian(pieces[:3]))
-    assert torch.equal(core.gramian_pair(pieces[:2], pieces[2:4])(), _native.gramian_pair(pieces[:2], pieces[2:4], cross=False))
+    assert torch.equal(
+        core.gramian_pair(pieces[:2], pieces[2:4])(), _native.gramian_pair(pieces[:2], pieces[2:4], cross=False)
+    )
     w = torch.tensor([1.0, -2.0], dtype=torch.float64)
     core.combine(pieces[4], pieces[:2], w)()
     torch.testing.assert_close(x[4], x[0] - 2 * x[1])
