@@ -47,17 +47,21 @@ class Arithmetic:
 
     def sq_norm(self, row: Row, indices: Sequence[int], params: Row | None = None, eta: float = 0.0) -> float:
         """Squared norm of a row; with params that of (|params| + eta) row."""
-        total, shards = 0.0, ShardSums(self.sync)
+        return self.sq_norms([row], indices, params, eta)[0] if indices else 0.0
+
+    def sq_norms(self, rows: Rows, indices: Sequence[int], params: Row | None = None, eta: float = 0.0) -> list[float]:
+        """`sq_norm` of every row."""
+        total, shards = [0.0] * len(rows), ShardSums(self.sync)
         for group in self.groups:
-            at = group.positions(indices)
+            at = group.positions(indices) if rows else []
             if at:
                 weights = None if params is None else [params[k] for k in at]
-                part = group.backend.sq_norms([[row[k] for k in at]], weights, eta)
+                part = group.backend.sq_norms(_at(rows, at), weights, eta)
                 if group.shards is None:
-                    total += float(part[0])
+                    total = [a + b for a, b in zip(total, part.tolist(), strict=True)]
                 else:
                     shards.add(group.shards, part)
-        return total + float(shards.sum()[0]) if shards else total
+        return [a + b for a, b in zip(total, shards.sum().tolist(), strict=True)] if shards else total
 
     def gramian(self, rows: Sequence[Row], indices: Sequence[int]) -> Tensor:
         """(K, K) float64 on the CPU."""

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _generic, _native
 
@@ -22,6 +22,7 @@ class Group:
     backend: ModuleType
     indices: list[int]
     shards: Any = None  # `_sharded.Shards` if they are shards, which sums go over
+    only: bool = False  # whether there is no other group, so that every index is in it
 
     def __post_init__(self) -> None:
         self._set = set(self.indices)
@@ -29,19 +30,22 @@ class Group:
     def __contains__(self, index: int) -> bool:
         return index in self._set
 
-    def positions(self, indices: Sequence[int]) -> list[int]:
+    def positions(self, indices: Sequence[int]) -> Sequence[int]:
         """Which of `indices` are in the group, as positions in that list."""
-        return [k for k, i in enumerate(indices) if i in self._set]
+        return range(len(indices)) if self.only else [k for k, i in enumerate(indices) if i in self._set]
 
 
 def choose(param: Tensor, copy: Tensor) -> ModuleType:
     """The backend of one parameter; `copy` is empty_like of it, so equal strides mean that it is dense."""
     native = param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and param.stride() == copy.stride()
-    return _native if native and type(param.data) is Tensor else _generic
+    plain = (
+        type(param) is nn.Parameter or type(param.data) is Tensor
+    )  # a Parameter around a subclass is of that subclass
+    return _native if native and plain else _generic
 
 
 def group(params: Sequence[Tensor], copies: Sequence[Tensor], shards: Sequence[Any]) -> list[Group]:
     groups: dict[tuple[ModuleType, torch.device, torch.dtype, Any], list[int]] = {}
     for i, (param, copy, shard) in enumerate(zip(params, copies, shards, strict=True)):
         groups.setdefault((choose(param, copy), param.device, param.dtype, shard), []).append(i)
-    return [Group(key[0], indices, key[3]) for key, indices in groups.items()]
+    return [Group(key[0], indices, key[3], len(groups) == 1) for key, indices in groups.items()]

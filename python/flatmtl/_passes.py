@@ -252,7 +252,7 @@ class Passes:
         for forward in self.forwards[m]:
             wanted = [i for i in forward.indices if i in states]
             losses = self._again(forward, wanted) if wanted else []
-            everything = sorted({j for i in wanted for j in states[i].reached})
+            everything = sorted({j for i in wanted for j in states[i].reached}) if self.batched else []
             batched = self._gradients_of_each(losses, everything)
             for k, (i, loss) in enumerate(zip(wanted, losses, strict=True)):
                 part, reached = found.pop(i), states[i].reached
@@ -262,24 +262,23 @@ class Passes:
                     means.add(part)
                     continue
                 if batched:
-                    part.grads = self._spread(everything, batched[k], reached)
+                    at = dict(zip(everything, batched[k], strict=True))
                     batched[k] = []
+                    part.grads = self._spread(reached, [at.pop(j) for j in reached])
+                    del at
                 else:
                     grads = self._gradients([loss], reached, retain_graph=k + 1 < len(wanted))
-                    part.grads = self._spread(reached, grads, reached)
+                    part.grads = self._spread(reached, grads)
                     del grads
                 means.add(part)
         for part in found.values():  # absent from this micro-batch
             means.add(part)
 
-    def _spread(
-        self, indices: Sequence[int], grads: Sequence[Tensor | None], wanted: Sequence[int]
-    ) -> list[Tensor | None]:
-        """A row of the wanted ones of gradients of the parameters with these indices."""
+    def _spread(self, indices: Sequence[int], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """A row of the gradients of the parameters with these indices."""
         row: list[Tensor | None] = [None] * len(self.point.tensors)
-        at = dict(zip(indices, grads, strict=True))
-        for i in wanted:
-            row[i] = at[i]
+        for i, grad in zip(indices, grads, strict=True):
+            row[i] = grad
         return row
 
     def _perturbed_together(
@@ -317,7 +316,7 @@ class Passes:
                         "to the closure, which evaluates it where torch.overrides does not reach (TorchScript, a "
                         "torch.autograd.Function, compiled code)"
                     )
-                found[states[k].index].grads[i] = self.point.fitted(i, g[row], self.point.rounding.fresh(i))
+                found[states[k].index].grads[i] = self.point.fitted(i, g[row], self.point.rounding.fresh[i])
         for part in found.values():
             means.add(part)
 
@@ -398,7 +397,7 @@ class Passes:
         """Gradients of the sum of the losses, times the loss scale."""
         leaves = [self.point.leaves[i] for i in indices]
         take = _sharded.gradients if self.point.sharded else _losses.gradients
-        rooms = [self.point.room(i) for i in indices]
+        rooms = [self.point.room(i) for i in indices] if self.point.rounding.needed else []
         with self.interrupt.window():
             grads = list(take(losses, leaves, self.loss_scale, retain_graph))
         self._fit_([grads], indices, rooms)
@@ -417,9 +416,9 @@ class Passes:
         self, rows: Sequence[list[Tensor | None]], indices: Sequence[int], rooms: Sequence[Tensor | None] = ()
     ) -> None:
         """Gradients as a step keeps them, parameter by parameter, so that what they replace is freed on the way."""
+        dtypes = self.point.rounding.fresh
         for k, i in enumerate(indices):
             for row in rows:
                 if (g := row[k]) is not None:
-                    room = rooms[k] if rooms else None
-                    row[k] = self.point.fitted(i, g, self.point.rounding.fresh(i), room)
+                    row[k] = self.point.fitted(i, g, dtypes[i], rooms[k] if rooms else None)
                 del g

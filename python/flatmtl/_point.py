@@ -46,6 +46,7 @@ class Point:
         self.moved = False
         self.rounding = Rounding(self.tensors, rows_dtype)
         self._versions = self._now()
+        self._strides = [t.stride() for t in self.tensors]
         self._zeros: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def move(self, to: Move) -> None:
@@ -71,6 +72,8 @@ class Point:
 
     def restore(self, indices: Sequence[int] | None = None) -> None:
         """Puts parameters back, bit for bit: all, or the given ones of a point that another `move` follows."""
+        if indices is not None and not indices:
+            return
         self.arithmetic.copy_(self.tensors, self.saved, indices)
         self._versions = self._now()
         if indices is None:
@@ -87,7 +90,10 @@ class Point:
 
     def check_unchanged(self) -> None:
         """Raises if somebody else wrote to a parameter since the last `move` or `restore`."""
-        for p, before, now in zip(self.params, self._versions, self._now(), strict=True):
+        found = self._now()
+        if found == self._versions:
+            return
+        for p, before, now in zip(self.params, self._versions, found, strict=True):
             if before != now:
                 raise RuntimeError(f"parameter {p.name} was changed in place by the closure")
 
@@ -103,19 +109,19 @@ class Point:
                 f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
             )
         dtype = dtype or grad.dtype
-        if grad.stride() == self.tensors[i].stride() and grad.dtype == dtype:
+        if grad.stride() == self._strides[i] and grad.dtype == dtype:
             return grad
         return (torch.empty_like(self.tensors[i], dtype=dtype) if room is None else room).copy_(grad)
 
     def room(self, i: int) -> Tensor | None:
         """For `fitted`: memory for a gradient of parameter i, taken before the backward that gives it, if it will be
         rounded. Taken after it, what the allocator has of the wide gradients is left in holes between the rows."""
-        dtype = self.rounding.fresh(i)
+        dtype = self.rounding.fresh[i]
         return None if dtype == self.tensors[i].dtype else torch.empty_like(self.tensors[i], dtype=dtype)
 
     def narrow(self, i: int, grad: Tensor) -> Tensor:
         """A gradient of parameter i as rows are kept: rounded once, to nearest, where they are narrower."""
-        return self.fitted(i, grad, self.rounding.row(i))
+        return self.fitted(i, grad, self.rounding.row[i])
 
     def narrow_(self, row: list[Tensor | None]) -> None:
         """`narrow` of each entry, one after another, so that what is wide is freed on the way."""
@@ -130,7 +136,7 @@ class Point:
 
     def zeros(self, i: int) -> Tensor:
         """Zeros like a row at parameter i; one tensor for all who ask, not to be written to."""
-        dtype = self.rounding.row(i)
+        dtype = self.rounding.row[i]
         if (i, dtype) not in self._zeros:
             self._zeros[i, dtype] = torch.zeros_like(self.tensors[i], dtype=dtype)
         return self._zeros[i, dtype]

@@ -41,14 +41,8 @@ class HeldInterrupt:
         self._previous(signum, frame)
         self._open = True
 
-    @contextmanager
-    def window(self) -> Iterator[None]:
-        self._open = True
-        try:
-            self.check()
-            yield
-        finally:
-            self._open = False
+    def window(self) -> _Window:
+        return _Window(self)
 
     def check(self) -> None:
         """Delivers an interrupt that was held."""
@@ -60,6 +54,24 @@ class HeldInterrupt:
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self.check()
+
+
+class _Window:
+    """Not a generator, as windows open several times a task."""
+
+    def __init__(self, held: HeldInterrupt) -> None:
+        self._held = held
+
+    def __enter__(self) -> None:
+        self._held._open = True
+        try:
+            self._held.check()
+        except BaseException:
+            self._held._open = False
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        self._held._open = False
 
 
 class Buffers:
@@ -109,6 +121,8 @@ class Buffers:
 
     def restore(self, values: list[Tensor]) -> None:
         """Puts back what `values()` gave; buffers found since then get the value they were found with."""
+        if not self._slots:
+            return
         with torch.no_grad():
             for i, (module, name, buffer) in enumerate(self._slots):
                 value = values[i] if i < len(values) else self._first[i]

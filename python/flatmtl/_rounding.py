@@ -19,24 +19,17 @@ class Rounding:
         self._wide = [t.dtype for t in tensors]
         self._kept = [rows_dtype if rows_dtype and dtype == torch.float32 else dtype for dtype in self._wide]
         self.needed = self._kept != self._wide
-        self._parts_to_come = self._pass_to_come = False
+        self.row = self._kept  # of the rows that passes give at present, the dtypes
+        self.fresh = self._kept  # of the gradients as a backward gives them
 
     def begin_step(self, means: bool) -> None:
         """`means`: whether means over the parts of the step are to be taken."""
-        self._parts_to_come = means
+        self.row = self.fresh = self._wide if means else self._kept
 
     def begin_pass(self, means: bool) -> None:
         """`means`: whether what a backward gives in this pass enters a sum or a mean."""
-        self._pass_to_come = means
+        self.fresh = self._wide if means else self.row
 
     def end_means(self) -> None:
         """Those over the parts of the step are taken."""
-        self._parts_to_come = False
-
-    def fresh(self, i: int) -> torch.dtype:
-        """The dtype in which a gradient of parameter i is kept as a backward gives it."""
-        return self._wide[i] if self._pass_to_come else self.row(i)
-
-    def row(self, i: int) -> torch.dtype:
-        """That of parameter i in the rows that passes give at present."""
-        return self._wide[i] if self._parts_to_come else self._kept[i]
+        self.row = self.fresh = self._kept

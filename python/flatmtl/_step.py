@@ -97,7 +97,7 @@ class Step:
         )  # fmt: skip
         self.passes.stop_at_features = self.featured and not self.flat
         self.passes.closure = _validation.prepare(self, closure, validation)
-        self.sync.start(self.params, f"{self.settings}, step {self.draw}")
+        self.sync.start(self.params, self.settings, self.draw)
         count = len(self.passes.arguments)
         wanted = getattr(self.settings.aggregator, "batches", 0)
         if wanted and count != wanted:
@@ -180,12 +180,11 @@ class Step:
             self.present = [s for s in self.tasks if s.loss is not None and not self._zero(s, s.perturbed)]
             return
         self.present = []
-        for state in self.tasks:
-            if state.loss is None:
-                continue
-            rows, own = self.point.row(state.grads, self.shared), self.point.row(state.grads, state.own)
-            state.sq_shared = self.sq_norm(rows, self.shared, adaptive)
-            state.sq_own = self.sq_norm(own, state.own, adaptive)
+        states = [s for s in self.tasks if s.loss is not None]
+        squares = self.sq_norms([self.point.row(s.grads, self.shared) for s in states], self.shared, adaptive)
+        for state, square in zip(states, squares, strict=True):
+            state.sq_shared = square
+            state.sq_own = self.sq_norm(self.point.row(state.grads, state.own), state.own, adaptive)
             check_square(state.sq_shared + state.sq_own, state.task, "unperturbed")
             if not self._zero(state, state.grads):
                 self.present.append(state)
@@ -205,8 +204,12 @@ class Step:
 
     def sq_norm(self, row: list[Tensor], indices: Sequence[int], adaptive: bool) -> float:
         """Squared norm of a row, ASAM-weighted if adaptive."""
+        return self.sq_norms([row], indices, adaptive)[0] if indices else 0.0
+
+    def sq_norms(self, rows: list[list[Tensor]], indices: Sequence[int], adaptive: bool) -> list[float]:
+        """`sq_norm` of every row."""
         params = [self.point.saved[i] for i in indices] if adaptive else None
-        return self.arithmetic.sq_norm(row, indices, params, self.settings.eta)
+        return self.arithmetic.sq_norms(rows, indices, params, self.settings.eta)
 
     def factor(self, i: int) -> float:
         """The factor of the loss of present task i."""

@@ -21,6 +21,7 @@ from ._task import TaskState
 from ._wrappers import Wrappers, refuse_fsdp1
 
 if TYPE_CHECKING:
+    from ._settings import Settings
     from ._task import Parameter
 
 
@@ -38,7 +39,7 @@ class Alone:
         """Around what may raise on one rank alone."""
         return nullcontext()
 
-    def start(self, params: Sequence[Parameter], settings: str) -> None:
+    def start(self, params: Sequence[Parameter], settings: Settings, step: int) -> None:
         """Before the first pass of a step."""
 
     def enter(self, batches: int, perturbed: bool = False) -> None:
@@ -107,10 +108,10 @@ class Ranks(Alone):
     def guard(self) -> AbstractContextManager[None]:
         return self.agreement.guard()
 
-    def start(self, params: Sequence[Parameter], settings: str) -> None:
+    def start(self, params: Sequence[Parameter], settings: Settings, step: int) -> None:
         self._params = list(params)
         if not self._checked_params:
-            self._check(params, settings)
+            self._check(params, f"{settings}, step {step}")
             self._checked_params = True
 
     def enter(self, batches: int, perturbed: bool = False) -> None:

@@ -158,6 +158,13 @@ class Means:
         return [found[index] for index in sorted(found)]
 
 
+def numbers(values: Sequence[Tensor]) -> list[float]:
+    """0-d tensors as floats, with one synchronisation for all of an accelerator."""
+    if all(value.is_cpu for value in values):
+        return [float(value) for value in values]
+    return torch.stack([value.double() for value in values]).tolist()  # type: ignore[no-any-return]
+
+
 def check_square(square: float, task: Task, pass_: str) -> None:
     """Raises `NonFiniteError` where the squared norm of a gradient is not finite."""
     if not math.isfinite(square):
@@ -165,9 +172,6 @@ def check_square(square: float, task: Task, pass_: str) -> None:
 
 
 def check_losses(losses: Sequence[tuple[Task, Tensor]], pass_: str) -> None:
-    if not losses:
-        return
-    numbers = torch.stack([value.double() for _, value in losses]).tolist()  # one synchronisation
-    for (task, _), number in zip(losses, numbers, strict=True):
+    for (task, _), number in zip(losses, numbers([value for _, value in losses]), strict=True):
         if not math.isfinite(number):
             raise NonFiniteError(task, pass_, "the loss", number)

@@ -57,7 +57,7 @@ def _norms(step: Step) -> list[float]:
     if step.featured and (at := step.passes.at_features) is not None:
         return [math.sqrt(float(at.gramian([s.index]))) for s in step.present]
     rows = [step.point.row(s.grads, step.shared) for s in step.present]
-    return [math.sqrt(step.sq_norm(row, step.shared, False)) for row in rows]
+    return [math.sqrt(square) for square in step.sq_norms(rows, step.shared, False)]
 
 
 class _Memory:
