@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ pytest.importorskip("rich")
 from flatmtl import _authors, _native, reference
 from flatmtl.__main__ import app
 from flatmtl._bench import contenders, kernels, machine, plots, report, rows, run, settings, solvers, steps, timing
+from flatmtl._bench.merge import merge
 from flatmtl._bench.native import Core
 from flatmtl._bench.probes import Probes
 from flatmtl._bench.timing import Effort
@@ -68,6 +72,11 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(json.dumps(result))  # as it comes back from a file
 
 
+@pytest.fixture(scope="module")
+def page(record: dict) -> dict:
+    return merge([record])
+
+
 # -- timing -----------------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +100,26 @@ def test_medians_quartiles_and_ratios() -> None:
     assert found["b"]["lower"] >= 4e-3
     assert "ratio" not in found["a"]
     assert found["b"]["ratio"]["median"] > 1.0
+
+
+def test_ratios_to_other_contenders_are_taken_round_by_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, speed = 0.0, 1.0
+
+    def worker(seconds: float, change: float = 1.0) -> Callable[[], None]:
+        def work() -> None:
+            nonlocal clock, speed
+            clock += seconds * speed
+            speed *= change
+
+        return work
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock)
+    works = {"a": worker(1.0), "b": worker(2.0), "c": worker(4.0)}
+    found = timing.interleave(works, Effort(0.0, 4), "a", ["b"])
+    assert found["c"]["ratio"]["median"] == pytest.approx(4.0)
+    assert found["c"]["ratios"]["b"] == pytest.approx({"median": 2.0, "lower": 2.0, "upper": 2.0})
+    assert found["a"]["ratios"]["b"]["median"] == pytest.approx(0.5)
+    assert "b" not in found["b"]["ratios"]
 
 
 def test_short_work_is_repeated_within_a_sample() -> None:
@@ -152,11 +181,47 @@ def test_streams_touch_every_byte(compiled: bool, length: int) -> None:
     probes.read(list(x))()
 
 
+@pytest.mark.parametrize("tasks", [1, 2, 3, 5, 8, 10, 16, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kernel", ["gramian", "gramian_pair"])
+def test_reading_and_multiplying_makes_the_products_of_a_gramian(
+    kernel: str, tasks: int, dtype: str, probes: Probes
+) -> None:
+    """Ten sums that begin at 0 become 0.999 sum + 1 with each of their multiply-adds: their end counts them."""
+    if probes.kind != "compiled":
+        pytest.skip("no C compiler")
+    lanes = probes.library.probe_fma(None, ctypes.c_int64(1), ctypes.c_int64(1), probes._sink) // 24
+    case = kernels.Case(kernel, tasks, 1, dtype, 1)
+    vectors = 80  # of each row: so many that every sum has as many multiply-adds
+    x = torch.ones(case.inputs, vectors * lanes).view(getattr(torch, dtype))  # 1 in float32
+    needed = {"gramian": tasks * (tasks + 1) // 2, "gramian_pair": tasks * (tasks + 1)}[kernel] * x.shape[1] // lanes
+    with timing.threads(1):
+        found = probes.multiply(list(x), 2 * case.products // case.inputs)()
+    assert found == pytest.approx(10 * lanes * (1 - 0.999 ** (needed / 10)) / (1 - 0.999), rel=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 5, 70, 1000, 20_003])
+@pytest.mark.parametrize("products", [2, 3, 10, 20])
+def test_reading_and_multiplying_reads_every_number(length: int, products: int, probes: Probes) -> None:
+    if probes.kind != "compiled":
+        pytest.skip("no C compiler")
+    x = torch.ones(2, length)
+    with timing.threads(1):
+        work = probes.multiply(list(x), products)
+        before = work()
+        for place in [(row, i) for row in range(2) for i in {0, 1, length // 3, length // 2, length - 1} if i < length]:
+            x[place] = 1e9
+            assert work() != before, place
+            x[place] = 1.0
+        assert work() == before
+
+
 def test_a_compiler_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     probes = Probes()
     assert probes.kind == "torch"
     assert probes.peak(1, 0.0) > 0
+    assert probes.multiply([torch.ones(3)], 2) is None
     assert min(probes.bandwidth(1, 2).values()) > 0
 
 
@@ -178,10 +243,12 @@ def test_kernels_do_what_torch_does(kernel: str, dtype: str, probes: Probes) -> 
     case = kernels.Case(kernel, 1 if kernel in ("perturb", "copy") else 3, 1000, dtype, 1)
     arena = rows.Arena(case.inputs * 1000, getattr(torch, dtype), 1000)
     _, found = kernels.build(case, arena, probes)
-    assert (
-        set(found)
-        == {"float32": {kernels.FLOOR, kernels.OURS, kernels.TORCH}, "bfloat16": {kernels.FLOOR, kernels.OURS}}[dtype]
-    )
+    names = {kernels.FLOOR, kernels.OURS}
+    if dtype == "float32":
+        names.add(kernels.TORCH)
+    if kernel.startswith("gramian") and probes.kind == "compiled":
+        names.add(kernels.WORK)
+    assert set(found) == names
     ours = found[kernels.OURS]().double().clone()
     if dtype == "float32":
         torch.testing.assert_close(found[kernels.TORCH]().double(), ours, rtol=1e-5, atol=1e-3)
@@ -195,7 +262,8 @@ def test_kernels_do_what_torch_does(kernel: str, dtype: str, probes: Probes) -> 
 def test_traffic_and_operations() -> None:
     pair = kernels.Case("gramian_pair", 3, 100, "bfloat16", 1)
     assert pair.traffic == 6 * 100 * 2
-    assert pair.operations == (2 * 21 + 3) * 100  # 21 products and sums, 3 differences
+    assert pair.operations == (2 * 12 + 3) * 100  # 12 products and sums, 3 differences
+    assert kernels.Case("gramian", 3, 100, "float32", 1).operations == 2 * 6 * 100
     combine = kernels.Case("combine", 3, 100, "float32", 1)
     assert (combine.traffic, combine.operations) == (4 * 100 * 4, 6 * 100)
 
@@ -412,13 +480,14 @@ def test_record(record: dict) -> None:
         assert case["times"]["reference"]["difference"] < 1e-6
 
 
-def test_tables(record: dict) -> None:
-    found = report.tables(record)
+def test_tables(page: dict) -> None:
+    found = report.tables(page)
     assert {table.name for table in found} == {
         "machine", "targets", "kernels", "layouts", "solvers", "aggregation", "arithmetic", "models", "batched",
         "memory", "growth",
     }  # fmt: skip
     for table in found:
+        assert table.rows
         assert all(len(row) == len(table.columns) for row in table.rows), table.name
         assert all(isinstance(cell, str) for row in table.rows for cell in row)
     targets = {row[0]: row for table in found if table.name == "targets" for row in table.rows}
@@ -427,35 +496,110 @@ def test_tables(record: dict) -> None:
     narrow = targets["peak memory in rows, flatmtl, rows_dtype = bfloat16"]
     assert narrow[1:3] == ["<= 10005.00", "4.50"]
     assert targets["step / forwards and backwards, transformer, 3 heads"][2] == "2.000"
+    if page["runs"][0]["probes"] == "compiled":
+        kernel_rows = next(table for table in found if table.name == "kernels").rows
+        assert {row[0] for row in kernel_rows if row[-2]} == {"gramian", "gramian_pair"}
+        assert {"Gramian, K <= 10, float32 / read and multiply"} <= set(targets)
 
 
 def test_targets_on_made_up_numbers() -> None:
     entry = {"median": 2.0, "lower": 2.0, "upper": 2.0, "ratio": timing.summary([1.5])}
     case = {"kernel": "gramian", "tasks": 16, "numbers": 10, "dtype": "float32", "layout": "one", "operations": 100,
-            "bytes": 1}  # fmt: skip
+            "bytes": 1, "threads": 1, "peak": 100.0}  # fmt: skip
+
+    def ours(ratio: float) -> dict:
+        return {kernels.OURS: {**entry, "ratios": {kernels.WORK: timing.summary([ratio])}}}
+
     section = {
-        "limits": [{"threads": 1, "peak": 100.0}, {"threads": 2, "peak": 200.0}],
         "cases": [
-            {**case, "threads": 1, "times": {kernels.OURS: entry, kernels.FLOOR: {"median": 0.5}}},
-            {**case, "threads": 2, "times": {kernels.OURS: {**entry, "median": 3.0}, kernels.FLOOR: {"median": 2.0}}},
-            {**case, "threads": 1, "tasks": 3, "times": {kernels.OURS: entry}},
+            {**case, "times": ours(1.25)},
+            {**case, "threads": 2, "peak": 200.0, "times": {kernels.OURS: {**entry, "median": 3.0}}},
+            {**case, "tasks": 3, "times": ours(1.0)},
+            {**case, "tasks": 10, "times": ours(1.5)},
+            {**case, "kernel": "gramian_pair", "tasks": 10, "times": ours(1.75)},
         ],
     }
     (table,) = report.targets({"kernels": section}, report.Table)
     rows_ = {row[0]: row[2:] for row in table.rows}
     assert rows_["Gramian of 16 rows or more, float32, share of the FMA peak"] == ["33 %", "50 % - 17 %", "2"]
-    bound = "Gramian of 16 rows or more, float32 / reading or multiplying at the peak"
-    assert rows_[bound] == ["1.75", "1.50 - 2.00", "2"]  # 2 over the second's 1 of the peak; 3 over the 2 of reading
+    assert rows_["Gramian, K >= 16, float32 / read and multiply"] == ["1.25", "1.25 - 1.25", "1"]
+    assert rows_["Gramian, K <= 10, float32 / read and multiply"] == ["1.25", "1.00 - 1.50", "2"]
+    assert rows_["Gramian of g and f, K <= 10, float32 / read and multiply"] == ["1.75", "1.75 - 1.75", "1"]
+    assert "Gramian of g and f, K >= 16, float32 / read and multiply" not in rows_
     assert rows_["all threads / one thread, any kernel"] == ["1.50", "1.50 - 1.50", "1"]
-    assert rows_["Gramian of at most 10 rows, float32 / reading them"] == ["1.50", "1.50 - 1.50", "1"]
+    assert rows_["Gramian of at most 10 rows, float32 / reading them"] == ["1.50", "1.50 - 1.50", "2"]
 
 
 def test_a_busy_machine_is_said(record: dict) -> None:
     facts = record["machine"]
     for load, said in ((0.9, False), (1.1, True), (None, False)):
-        text = report.busy({"machine": {**facts, "cores": 2, "load": load}})
+        text = report.busy(merge([{**record, "machine": {**facts, "cores": 2, "load": load}}]))
         assert (text is not None) == said
-    assert "unknown" in report.tables({**record, "machine": {**facts, "load": None}})[0].rows[3][1]
+    assert "unknown" in report.tables(merge([{**record, "machine": {**facts, "load": None}}]))[0].rows[3][1]
+
+
+def _with(record: dict, sections: dict, **facts: object) -> dict:
+    """The record with these sections alone."""
+    rest = {name: value for name, value in record.items() if name not in settings.SECTIONS}
+    return {**rest, **sections, "machine": {**record["machine"], **facts}}
+
+
+def test_of_several_records_the_last_that_has_a_part_gives_it(record: dict) -> None:
+    kernel_cases = record["kernels"]["cases"]
+    narrow = [{**case, "dtype": "bfloat16", "operations": 7} for case in kernel_cases if case["layout"] == "one"]
+    memory = [{**entry, "row": 1000} for entry in record["steps"]["memory"]]
+    limits = [{**limit, "peak": 3 * limit["peak"], "read": 5e9} for limit in record["limits"]]
+    first = _with(record, {name: record[name] for name in settings.SECTIONS}, load=0.0)
+    second = {
+        **_with(record, {"kernels": {"cases": narrow}}, load=7.0, date="2001-02-03"), "limits": limits, "seconds": 600,
+    }  # fmt: skip
+    third = _with(record, {"steps": {"memory": memory, "models": []}, "solvers": {"cases": []}}, load=0.25)
+    page = merge([first, second, third])
+    assert [run["parts"] for run in page["runs"]] == [
+        ["kernels.float32", "kernels.layouts", "aggregation", "steps.arithmetic", "steps.models", "steps.batched"],
+        ["kernels.bfloat16"], ["solvers", "steps.memory"],
+    ]  # fmt: skip
+    assert page["steps"]["memory"] == memory
+    assert page["steps"]["models"] == record["steps"]["models"]
+    assert page["solvers"] == {"cases": []}
+    peak = record["limits"][0]["peak"]
+    for case in page["kernels"]["cases"]:
+        assert case["peak"] == (3 * peak if case["dtype"] == "bfloat16" else peak)
+        assert (case["operations"] == 7) == (case["dtype"] == "bfloat16")
+    assert len(page["kernels"]["cases"]) == len(kernel_cases) + len(narrow)
+    assert len(page["kernels"]["fits"]) == 2 * len(record["kernels"]["fits"])
+    assert page["steps"]["fits"] == record["steps"]["fits"]
+    rows_ = dict(report.tables(page)[0].rows)
+    assert rows_["run 2: kernels.bfloat16"] == "quick, 2001-02-03, 10 min, load before 7.0"
+    assert rows_["run 2, 1 thread"].startswith("read 5.0 GB/s")
+    assert rows_["run 3: solvers, steps.memory"].endswith("load before 0.2")
+    assert rows_["run 1, 1 thread"] == rows_["run 3, 1 thread"] != rows_["run 2, 1 thread"]
+    said = report.busy(page)
+    assert said is not None
+    assert "7.0 before kernels.bfloat16 on" in said
+    assert merge([second, first])["runs"][1]["parts"][0] == "kernels.float32"
+    assert merge([third, first])["runs"] == merge([first])["runs"]  # nothing of it is left
+
+
+def test_limits_that_a_record_keeps_with_its_kernels(record: dict) -> None:
+    old = {name: value for name, value in record.items() if name not in ("limits", "probes")}
+    old["kernels"] = {**record["kernels"], "limits": record["limits"], "probes": record["probes"]}
+    assert merge([old]) == merge([record])
+
+
+@pytest.mark.parametrize(
+    "name", ["cpu", "cores", "threads", "system", "isa", "torch_isa", "python", "torch", "flatmtl"]
+)
+def test_records_of_different_machines_are_refused(name: str, record: dict) -> None:
+    text = re.escape(f": {name} is {record['machine'][name]} and other")
+    with pytest.raises(ValueError, match=f"^records 1 and 3 .*{text}$"):
+        merge([record, record, _with(record, {}, **{name: "other"})])
+
+
+def test_records_of_different_contenders_are_refused(record: dict) -> None:
+    theirs = {**record["contenders"], "torchjd": {"version": "0.0.1"}}
+    with pytest.raises(ValueError, match=r"torchjd is .* and 0\.0\.1"):
+        merge([record, {**record, "contenders": theirs}])
 
 
 def test_cells() -> None:
@@ -477,19 +621,18 @@ def test_tables_go_between_their_markers() -> None:
         report.into("no markers", [table])
 
 
-def test_docs_have_a_place_for_every_table(record: dict) -> None:
-    page = Path(__file__).parents[2] / "docs" / "performance.md"
-    text = page.read_text(encoding="utf-8")
-    for table in report.tables(record):
+def test_docs_have_a_place_for_every_table(page: dict) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for table in report.tables(page):
         assert f"<!-- bench: {table.name} -->" in text
-    report.into(text, report.tables(record))
+    report.into(text, report.tables(page))
 
 
-def test_pictures(record: dict, tmp_path: Path) -> None:
+def test_pictures(page: dict, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    few = [case for case in record["kernels"]["cases"] if case["kernel"] in ("gramian", "copy")]  # drawing takes time
+    few = [case for case in page["kernels"]["cases"] if case["kernel"] in ("gramian", "copy")]  # drawing takes time
     written = {
-        path.name for path in plots.draw({**record, "kernels": {**record["kernels"], "cases": few}}, tmp_path / "new")
+        path.name for path in plots.draw({**page, "kernels": {**page["kernels"], "cases": few}}, tmp_path / "new")
     }
     names = ("kernels_p", "kernels_k", "roofline", "solvers", "aggregation", "step")
     assert written == {f"bench_{name}.png" for name in names}
@@ -511,10 +654,57 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench-report", str(file), "--docs", str(page)])
     assert result.exit_code == 0, result.output
     assert "| mgda | 2 |" in page.read_text()
+    monkeypatch.setattr(steps, "memory", lambda tasks, width: {
+        "tasks": tasks, "width": width, "row": 100, "largest": 50, "peaks": {steps.SUM: None}})  # fmt: skip
+    other = tmp_path / "other.json"
+    what = ["--what", "kernels.layouts", "--what", "steps.memory"]
+    monkeypatch.setattr(rows, "LAYOUTS", ("one", "500 x 400"))
+    result = CliRunner().invoke(app, ["bench", "--quick", *what, "--json", str(other)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(other.read_text())
+    assert {case["layout"] for case in found["kernels"]["cases"]} == {"500 x 400"}
+    assert set(found["steps"]) == {"memory", "fits"}
+    result = CliRunner().invoke(app, ["bench-report", str(file), str(other)])
+    assert result.exit_code == 0, result.output
+    for text in ("run 1: solvers", "run 2: kernels.layouts, steps.memory", "A solve on a ready Gramian", "500 x 400"):
+        assert text in result.output
+    other.write_text(json.dumps({**found, "machine": {**found["machine"], "cpu": "another"}}))
+    result = CliRunner().invoke(app, ["bench-report", str(file), str(other)])
+    assert result.exit_code == 2
+    assert "another" in result.output
+    result = CliRunner().invoke(app, ["bench", "--quick", "--what", "kernels.bfloat16"])
+    assert result.exit_code == 2
+    assert "bfloat16" in result.output
     assert CliRunner().invoke(app, ["bench", "--quick", "--full"]).exit_code == 2
     assert CliRunner().invoke(app, ["bench", "--what", "everything"]).exit_code == 2
     with pytest.raises(ValueError, match="everything"):
         run.run(TINY, ["everything"])
+
+
+def test_names_of_sections_and_their_parts() -> None:
+    assert settings.chosen(["steps.memory", "kernels", "steps.models"]) == {
+        "kernels": ("float32", "bfloat16", "layouts"), "steps": ("models", "memory"),
+    }  # fmt: skip
+    assert settings.chosen(["solvers"]) == {"solvers": ()}
+    assert set(settings.chosen(settings.SECTIONS)) == set(settings.SECTIONS)
+    for name in ("memory", "solvers.", "steps.kernels"):
+        with pytest.raises(ValueError, match=name):
+            settings.chosen([name])
+    for section in settings.SECTIONS:  # the parts of a section are all of it
+        names = [f"{section}.{part}" for part in settings.PARTS[section]] or [section]
+        fixed = len(kernels.counts(settings.DEFAULT))
+        assert sum(run.count(settings.DEFAULT, [name]) - fixed for name in names) == (
+            run.count(settings.DEFAULT, [section]) - fixed
+        )
+
+
+def test_a_full_run_makes_nine_rounds_of_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[int] = []
+    monkeypatch.setattr(steps, "model_step", lambda *arguments: rounds.append(arguments[4].rounds))
+    for part, work in steps.plan(settings.FULL, ("models",)):
+        assert part == "models"
+        work(None)
+    assert rounds == [9, 9, 9]
 
 
 def test_probe_source_has_no_warnings() -> None:

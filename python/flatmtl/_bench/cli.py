@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .settings import DEFAULT, FULL, MODES, QUICK, SECTIONS
+from .settings import CHOICES, DEFAULT, FULL, MODES, QUICK, SECTIONS
 
-Section = Enum("Section", {name: name for name in SECTIONS}, type=str)  # type: ignore[misc]
+Choice = Enum("Choice", {name: name for name in CHOICES}, type=str)  # type: ignore[misc]
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")]
 PlotsFolder = Annotated[Path | None, typer.Option("--plots", help="Draw the pictures into this folder.")]
@@ -24,7 +24,8 @@ DocsFile = Annotated[Path | None, typer.Option("--docs", help="Put the tables be
 
 def bench(
     what: Annotated[
-        list[Section] | None, typer.Option(help="Sections to run, again for several; all by default.")
+        list[Choice] | None,
+        typer.Option(help="Sections to run, or parts of them; again for several; all sections by default."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About a minute.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More and larger cases: about an hour.")] = False,
@@ -44,32 +45,48 @@ def bench(
             json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     mode = MODES[(QUICK if quick else FULL if full else DEFAULT).name]
-    names = [section.value for section in what] if what else list(SECTIONS)
+    names = [choice.value for choice in what] if what else list(SECTIONS)
+    try:
+        total = run.count(mode, names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with warnings.catch_warnings(), Progress(*columns, console=console, transient=True) as bar:
         warnings.simplefilter("ignore")  # of other libraries, about their own dependencies
-        job = bar.add_task("benchmark", total=run.count(mode, names))
+        job = bar.add_task("benchmark", total=total)
         record = run.run(mode, names, lambda what: bar.update(job, advance=1, description=what), save)
-    _report(record, console, plots, docs)
+    _report([record], console, plots, docs)
     if json_file is not None:
         console.print(f"All numbers: {json_file}")
 
 
 def bench_report(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What `bench --json` wrote.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="What `bench --json` wrote. Of several, on one machine, the last that has a section gives it.",
+        ),
+    ],
     plots: PlotsFolder = None,
     docs: DocsFile = None,
 ) -> None:
-    """Show the tables of an earlier run, draw its pictures, or put its tables into a document."""
-    _report(json.loads(file.read_text(encoding="utf-8")), Console(), plots, docs)
+    """Show the tables of earlier runs, draw their pictures, or put their tables into a document."""
+    _report([json.loads(file.read_text(encoding="utf-8")) for file in files], Console(), plots, docs)
 
 
-def _report(record: dict[str, Any], console: Console, plots: Path | None, docs: Path | None) -> None:
+def _report(records: list[dict[str, Any]], console: Console, plots: Path | None, docs: Path | None) -> None:
     from . import report
+    from .merge import merge
 
-    found = report.tables(record)
-    if warning := report.busy(record):
+    try:
+        page = merge(records)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    found = report.tables(page)
+    if warning := report.busy(page):
         console.print(warning)
     for entry in found:
         table = Table(title=entry.title, title_justify="left")
@@ -84,5 +101,5 @@ def _report(record: dict[str, Any], console: Console, plots: Path | None, docs: 
     if plots is not None:
         from . import plots as drawing
 
-        for path in drawing.draw(record, plots):
+        for path in drawing.draw(page, plots):
             console.print(f"Picture: {path}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from .. import _native
 from . import machine, rows
 from .native import Core
 from .probes import Probes
-from .settings import Mode, Progress
+from .settings import PARTS, Mode, Progress
 from .timing import Effort, fits, interleave, threads
 
 KERNELS = ("gramian", "gramian_pair", "combine", "combine_pair", "perturb", "copy")
 OURS, C, FLOOR, TORCH = "flatmtl", "flatmtl (C)", "floor", "torch"
+WORK = "read and multiply"
 ONE = "flatmtl (C), one tensor"
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -50,31 +51,47 @@ class Case:
         return (self.inputs + self.outputs) * self.numbers * BYTES[self.dtype]
 
     @property
+    def products(self) -> int:
+        """Multiply-adds that a Gramian needs for one number of each row: a triangle; two of a pair, as what lies between
+        g and s - g is not asked for. 0 of other kernels."""
+        triangle = self.tasks * (self.tasks + 1) // 2
+        return {"gramian": triangle, "gramian_pair": 2 * triangle}.get(self.kernel, 0)
+
+    @property
     def operations(self) -> int:
-        """Additions and multiplications: those of the lower triangle of a Gramian."""
-        n = self.inputs
-        each = {"gramian": n * (n + 1), "gramian_pair": n * (n + 1) + n // 2, "perturb": 2, "copy": 0}
-        return each.get(self.kernel, 2 * n) * self.numbers
+        """Additions and multiplications, a pair's differences with them."""
+        differences = self.tasks if self.kernel == "gramian_pair" else 0
+        others = {"perturb": 2, "copy": 0}.get(self.kernel, 2 * self.inputs)
+        return (2 * self.products + differences if self.products else others) * self.numbers
 
 
-def plan(mode: Mode) -> list[Case]:
+def part(case: dict[str, Any]) -> str:
+    """The part of the section that a case of the record belongs to."""
+    return str(case["dtype"] if case["layout"] == "one" else "layouts")
+
+
+def counts(mode: Mode) -> list[int]:
+    """Numbers of threads."""
+    return sorted({1, machine.cores()} if mode.one_thread else {machine.cores()})
+
+
+def plan(mode: Mode, parts: Sequence[str] = PARTS["kernels"]) -> list[Case]:
     """All cases that fit into memory, those of one dtype together."""
-    counts = sorted({1, machine.cores()} if mode.one_thread else {machine.cores()})
     cases = [
         Case(kernel, tasks, numbers, dtype, count)
         for dtype in mode.kernel_dtypes
         for numbers in mode.kernel_numbers
         for kernel in KERNELS
         for tasks in (mode.kernel_tasks if kernel not in ("perturb", "copy") else (1,))
-        for count in counts
+        for count in counts(mode)
     ]
     cases += [
         Case("gramian", tasks, rows.numbers(layout), "float32", count, layout)
         for layout in rows.LAYOUTS[1:]
         for tasks in (3, 10)
-        for count in counts
+        for count in counts(mode)
     ]
-    return [case for case in cases if case.traffic <= _memory(mode)]
+    return [case for case in cases if case.traffic <= _memory(mode) and part(dataclasses.asdict(case)) in parts]
 
 
 def _memory(mode: Mode) -> int:
@@ -82,15 +99,20 @@ def _memory(mode: Mode) -> int:
     return mode.memory if available is None else min(mode.memory, available // 2)
 
 
-def run(mode: Mode, probes: Probes, progress: Progress, cases: list[Case] | None = None) -> dict[str, Any]:
-    """Record of the section: the `machine`'s limits for each number of threads, the `cases`, and the `fits`."""
-    cases = plan(mode) if cases is None else cases
-    limits = []
-    for count in sorted({case.threads for case in cases}):
+def limits(mode: Mode, probes: Probes, progress: Progress) -> list[dict[str, Any]]:
+    """Those of the machine, for each number of threads."""
+    found = []
+    for count in counts(mode):
         with threads(count):
             bandwidth = probes.bandwidth(max(_memory(mode) >> 20, 8))
-            limits.append({"threads": count, **bandwidth, "peak": probes.peak(count)})
+            found.append({"threads": count, **bandwidth, "peak": probes.peak(count)})
         progress(f"limits with {count} threads")
+    return found
+
+
+def run(mode: Mode, probes: Probes, progress: Progress, parts: Sequence[str] = PARTS["kernels"]) -> dict[str, Any]:
+    """Record of the section: the `cases`, and the `fits`."""
+    cases = plan(mode, parts)
     results: list[dict[str, Any]] = []
     arena: rows.Arena | None = None
     for case in cases:
@@ -102,21 +124,21 @@ def run(mode: Mode, probes: Probes, progress: Progress, cases: list[Case] | None
             arena = rows.Arena(count, dtype, max(other.outputs * other.numbers for other in own))
         results.append(measure(case, arena, probes, mode.effort))
         progress(f"{case.kernel}, K = {case.tasks}, P = {case.numbers:,}")
-    plain = [c for c in results if c["layout"] == "one"]
-    # copy and perturb have no K, and one K makes no fit: those groups give nothing
-    return {
-        "probes": probes.kind,
-        "limits": limits,
-        "cases": results,
-        "fits": fits(plain, "numbers", ("kernel", "tasks", "dtype", "threads"))
-        + fits(plain, "tasks", ("kernel", "numbers", "dtype", "threads")),
-    }
+    return {"cases": results, "fits": growth(results)}
+
+
+def growth(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fits against P and against K. copy and perturb have no K, and one K makes no fit: those groups give nothing."""
+    plain = [case for case in cases if case["layout"] == "one"]
+    return fits(plain, "numbers", ("kernel", "tasks", "dtype", "threads")) + fits(
+        plain, "tasks", ("kernel", "numbers", "dtype", "threads")
+    )
 
 
 def measure(case: Case, arena: rows.Arena, probes: Probes, effort: Effort) -> dict[str, Any]:
     with threads(case.threads), torch.no_grad():
         base, contenders = build(case, arena, probes)
-        times = interleave(contenders, effort, base)
+        times = interleave(contenders, effort, base, [WORK] if WORK in contenders else [])
     return {
         **dataclasses.asdict(case),
         "tensors": 1 if case.layout == "one" else len(rows.shapes(case.layout)),
@@ -128,13 +150,16 @@ def measure(case: Case, arena: rows.Arena, probes: Probes, effort: Effort) -> di
 
 
 def build(case: Case, arena: rows.Arena, probes: Probes) -> tuple[str, dict[str, Callable[[], Any]]]:
-    """The name of the contender that ratios refer to, and all contenders. What they return is equal, but for `floor`'s."""
+    """The name of the contender that ratios refer to, and all contenders. What they return is equal, but for that of the
+    loops `FLOOR` and `WORK`."""
     matrix = arena.rows(case.inputs, case.numbers)
     out = arena.out(case.numbers)[0] if case.outputs else None
     if case.layout != "one":
         return ONE, _in_pieces(case, matrix, probes)
     floor = probes.read(list(matrix)) if out is None else probes.mix(list(matrix), out)
     contenders: dict[str, Callable[[], Any]] = {FLOOR: floor, OURS: _ours(case, matrix, out)}
+    if case.products and (work := probes.multiply(list(matrix), 2 * case.products // case.inputs)) is not None:
+        contenders[WORK] = work
     if case.dtype == "float32":  # in bfloat16 torch rounds every result, which is not the same work
         contenders[TORCH] = _torch(case, matrix, out)
     return FLOOR, contenders

@@ -1,4 +1,4 @@
-"""Pictures of a record, with matplotlib."""
+"""Pictures of a page (`merge`), with matplotlib."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ COLOURS = {
     OURS: "#D55E00", REFERENCE: "#0072B2", TORCHJD: "#009E73", steps.TORCHJD_ONE: "#009E73",
     steps.TORCHJD_BOTH: "#56B4E9", TORCH: "#CC79A7", AUTHORS: "#CC79A7", LIBMTL: "#E69F00",
     PYTORCH_OPTIMIZER: "#999999", kernels.FLOOR: "#000000", steps.FLOORS: "#000000",
+    kernels.WORK: "#999999",
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def _curves(axis: Any, cases: Sequence[dict[str, Any]], against: str, names: Seq
         if not points:
             continue
         x, entries = [p for p, _ in points], [e for _, e in points]
-        style = "--" if name in (kernels.FLOOR, steps.FLOORS) else "-"
+        style = "--" if name in (kernels.FLOOR, kernels.WORK, steps.FLOORS) else "-"
         colour = COLOURS.get(name, "#666666")
         axis.plot(x, [e["median"] for e in entries], style, marker="o", ms=3, lw=1.3, color=colour, label=name)
         axis.fill_between(
@@ -117,7 +118,7 @@ def _kernel_panels(record: dict[str, Any], against: str) -> Any:
             ]
     figure, axes = _panels(list(groups), "P" if against == "numbers" else "K")
     for axis, group in zip(axes, groups.values(), strict=True):
-        _curves(axis, group, against, [kernels.OURS, kernels.TORCH, kernels.FLOOR])
+        _curves(axis, group, against, [kernels.OURS, kernels.TORCH, kernels.FLOOR, kernels.WORK])
     _legend(figure, axes)
     return figure
 

@@ -59,6 +59,7 @@ class Probes:
         self._sink = (ctypes.c_uint64 * 8)()
         if self.library:
             self.library.probe_fma.restype = ctypes.c_int64
+            self.library.probe_multiply.restype = ctypes.c_float
 
     def read(self, rows: Sequence[Tensor]) -> Any:
         """A function without arguments that reads the contiguous tensors once, one after another."""
@@ -66,6 +67,15 @@ class Probes:
             return lambda: [row.view(-1).sum() for row in rows]
         function, table, count, size = self.library.probe_read, _table(rows), len(rows), _bytes(rows[0])
         return lambda: function(ctypes.c_void_p(self.pool), table, count, size, self._sink)
+
+    def multiply(self, rows: Sequence[Tensor], products: int) -> Any:
+        """A function that reads the tensors as `read` does, and for every two numbers read makes `products` multiply-adds
+        in float32, at least 2; None without a compiler."""
+        if not self.library:
+            return None
+        function, table, count, size = self.library.probe_multiply, _table(rows), len(rows), _bytes(rows[0])
+        vectors = ctypes.c_int64(products * 4 // rows[0].element_size())  # of float32, for two of the rows'
+        return lambda: function(ctypes.c_void_p(self.pool), table, count, size, vectors, self._sink)
 
     def mix(self, rows: Sequence[Tensor], out: Tensor) -> Any:
         """A function that reads all rows and writes `out`, in one pass. Of one row it is a copy."""

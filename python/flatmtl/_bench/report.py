@@ -1,4 +1,4 @@
-"""The record of a run as tables, for the terminal and for docs/performance.md."""
+"""What `merge` made of the records of runs, a page, as tables, for the terminal and for docs/performance.md."""
 
 from __future__ import annotations
 
@@ -32,28 +32,30 @@ class Table:
         return f"{self.title}\n\n{body}"
 
 
-def tables(record: dict[str, Any]) -> list[Table]:
-    """All tables that the record has the numbers for."""
-    found = [_machine(record), *targets(record, Table)]
+def tables(page: dict[str, Any]) -> list[Table]:
+    """All tables that the page has the numbers for."""
+    found = [_machine(page), *targets(page, Table)]
     makers: dict[str, Sequence[Callable[[dict[str, Any]], Iterable[Table]]]] = {
         "kernels": (_kernels, _layouts), "solvers": (_solvers,), "aggregation": (_aggregation,),
         "steps": (_arithmetic, _models, _batched, _memory),
     }  # fmt: skip
     for section, functions in makers.items():
-        if section in record:
+        if section in page:
             for function in functions:
-                found += function(record[section])
-    return [*found, *_growth(record)]
+                found += function(page[section])
+    return [*found, *_growth(page)]
 
 
-def busy(record: dict[str, Any]) -> str | None:
-    """What to say of a machine that had other work when the run began."""
-    load, cores = record["machine"]["load"], record["machine"]["cores"]
-    if load is None or load <= 0.5 * cores:
+def busy(page: dict[str, Any]) -> str | None:
+    """What to say of a machine that had other work when a run began."""
+    cores = page["machine"]["cores"]
+    loads = [(run["load"], ", ".join(run["parts"])) for run in page["runs"]]
+    found = [f"{load:.1f} before {what}" for load, what in loads if load is not None and load > 0.5 * cores]
+    if not found:
         return None
     return (
-        f"The load was {load:.1f} on {cores} cores before the run: these numbers say little, least those of several "
-        "threads, which wait for each other."
+        f"The load was {' and '.join(found)} on {cores} cores: these numbers say little, least those of several threads, "
+        "which wait for each other."
     )
 
 
@@ -101,47 +103,50 @@ def _time(times: dict[str, Any], name: str) -> str:
     return seconds(times[name]["median"]) if name in times else ""
 
 
-def _over(times: dict[str, Any], name: str) -> str:
-    return spread(times[name]["ratio"], ratio) if name in times and "ratio" in times[name] else ""
+def _over(times: dict[str, Any], name: str, other: str | None = None) -> str:
+    """The ratio to the base of the case, or to another contender."""
+    entry = times.get(name, {})
+    found = entry.get("ratio") if other is None else entry.get("ratios", {}).get(other)
+    return "" if found is None else spread(found, ratio)
 
 
 # -- tables -------------------------------------------------------------------------------------------------------------
 
 
-def _machine(record: dict[str, Any]) -> Table:
-    facts = record["machine"]
+def _machine(page: dict[str, Any]) -> Table:
+    facts = page["machine"]
     rows = [
         ["CPU", f"{facts['cpu']}, {facts['cores']} cores, {facts['system']}"],
         ["instruction set", f"flatmtl {facts['isa']}, torch {facts['torch_isa']}"],
         ["versions", f"flatmtl {facts['flatmtl']}, torch {facts['torch']}, Python {facts['python']}"],
-        [
-            "run",
-            f"{record['mode']}, {facts['date']}, {record['seconds'] / 60:.0f} min, load before {_load(facts)}",
-        ],
     ]
-    for limit in record.get("kernels", {}).get("limits", []):
-        count = limit["threads"]
-        rows.append(
-            [
-                f"{count} thread" + "s" * (count > 1),
-                f"read {limit['read'] / 1e9:.1f} GB/s, triad {limit['triad'] / 1e9:.1f} GB/s, "
-                f"FMA peak {limit['peak'] / 1e9:.0f} GFLOP/s in float32",
-            ]
-        )
-    if record.get("kernels", {}).get("probes") == "torch":
-        rows.append(["limits", "measured with torch's operations, as no C compiler was found: too low"])
-    for name, entry in record["contenders"].items():
+    for number, run in enumerate(page["runs"], 1):
+        several = len(page["runs"]) > 1
+        begin = f"run {number}, " if several else ""
+        about = f"{run['mode']}, {run['date']}, {run['seconds'] / 60:.0f} min, load before {_load(run)}"
+        rows.append([f"run {number}: {', '.join(run['parts'])}" if several else "run", about])
+        for limit in run["limits"]:
+            count = limit["threads"]
+            rows.append(
+                [
+                    f"{begin}{count} thread" + "s" * (count > 1),
+                    f"read {limit['read'] / 1e9:.1f} GB/s, triad {limit['triad'] / 1e9:.1f} GB/s, "
+                    f"FMA peak {limit['peak'] / 1e9:.0f} GFLOP/s in float32",
+                ]
+            )
+        if run["probes"] == "torch":
+            rows.append([f"{begin}limits", "measured with torch's operations, as no C compiler was found: too low"])
+    for name, entry in page["contenders"].items():
         if name != OURS:
             rows.append([name, entry["version"] or f"absent ({entry['absent']})"])
     return Table("machine", "The machine, and the contenders.", ["", ""], rows)
 
 
-def _load(facts: dict[str, Any]) -> str:
-    return "unknown" if facts["load"] is None else f"{facts['load']:.1f}"
+def _load(run: dict[str, Any]) -> str:
+    return "unknown" if run["load"] is None else f"{run['load']:.1f}"
 
 
 def _kernels(section: dict[str, Any]) -> Iterable[Table]:
-    peaks = {limit["threads"]: limit["peak"] for limit in section["limits"]}
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for case in section["cases"]:
         if case["layout"] == "one":
@@ -156,12 +161,23 @@ def _kernels(section: dict[str, Any]) -> Iterable[Table]:
                     "" if case["kernel"] in ("perturb", "copy") else str(case["tasks"]),
                     number(case["numbers"]), seconds(ours["median"]),
                     f"{case['bytes'] / ours['median'] / 1e9:.1f}",
-                    f"{100 * case['operations'] / ours['median'] / peaks[count]:.0f} %",
-                    _over(case["times"], kernels.OURS), _over(case["times"], kernels.TORCH),
+                    f"{100 * case['operations'] / ours['median'] / case['peak']:.0f} %",
+                    _over(case["times"], kernels.OURS), _over(case["times"], kernels.OURS, kernels.WORK),
+                    _over(case["times"], kernels.TORCH),
                 ]
             )  # fmt: skip
         title = f"Kernels, {dtype}, {count} thread{'s' * (count > 1)}; ratios to the plain stream over the same bytes."
-        columns = ["kernel", "K", "P", "time", "GB/s", "of FMA peak", "flatmtl / floor", "torch / floor"]
+        columns = [
+            "kernel",
+            "K",
+            "P",
+            "time",
+            "GB/s",
+            "of FMA peak",
+            "flatmtl / floor",
+            f"flatmtl / {kernels.WORK}",
+            "torch / floor",
+        ]
         yield Table("kernels", title, columns, body)
 
 
@@ -286,10 +302,10 @@ def rows_of(peak: int, base: int, case: dict[str, Any]) -> str:
     return f"{(peak - base) / case['row']:.2f}"
 
 
-def _growth(record: dict[str, Any]) -> Iterable[Table]:
+def _growth(page: dict[str, Any]) -> Iterable[Table]:
     body = []
     for section in ("kernels", "solvers", "aggregation", "steps"):
-        for fit in record.get(section, {}).get("fits", []):
+        for fit in page.get(section, {}).get("fits", []):
             symbol = {"numbers": "P", "tasks": "K"}[fit["against"]]
             rest = {
                 k: v

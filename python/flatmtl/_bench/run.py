@@ -8,42 +8,45 @@ from typing import Any
 
 from . import aggregation, contenders, kernels, machine, solvers, steps
 from .probes import Probes
-from .settings import SECTIONS, Mode, Progress
+from .settings import SECTIONS, Mode, Progress, chosen
 
 
 def count(mode: Mode, what: Sequence[str]) -> int:
-    """How often `progress` will be called."""
-    plans: dict[str, Callable[[Mode], Sequence[Any]]] = {
-        "solvers": solvers.plan, "aggregation": aggregation.plan, "steps": steps.plan,
-    }  # fmt: skip
-    total = sum(len(plan(mode)) for name, plan in plans.items() if name in what)
-    if "kernels" in what:
-        planned = kernels.plan(mode)
-        total += len(planned) + len({case.threads for case in planned})
-    return total
+    """How often `progress` will be called. ValueError for a name that there is not, or that the mode has no case of."""
+    sections = chosen(what)
+    plans: dict[str, Callable[[], Sequence[Any]]] = {
+        "kernels": lambda: kernels.plan(mode, sections["kernels"]),
+        "solvers": lambda: solvers.plan(mode),
+        "aggregation": lambda: aggregation.plan(mode),
+        "steps": lambda: steps.plan(mode, sections["steps"]),
+    }
+    lengths = {section: len(plans[section]()) for section in sections}
+    for section, length in lengths.items():
+        if not length:
+            raise ValueError(f"the {mode.name} run has no case of {section}: {', '.join(sections[section])}")
+    return len(kernels.counts(mode)) + sum(lengths.values())
 
 
 def run(
     mode: Mode, what: Sequence[str] = SECTIONS, progress: Progress = lambda _: None,
     save: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measures the sections, and gives a record for JSON, to `save` after each section too. ValueError for an unknown
-    section."""
-    for name in what:
-        if name not in SECTIONS:
-            raise ValueError(f"there is no section {name!r}; there are {', '.join(SECTIONS)}")
+    """Measures the limits of the machine and the sections or their parts, as "kernels" or "steps.memory", and gives a
+    record for JSON, to `save` after each section too. ValueError as of `count`."""
+    count(mode, what)
+    parts = chosen(what)
     begin = time.perf_counter()
     record: dict[str, Any] = {"mode": mode.name, "machine": machine.facts(), "contenders": contenders.versions()}
     probes = Probes()
+    record |= {"probes": probes.kind, "limits": kernels.limits(mode, probes, progress)}
     sections: dict[str, Callable[[], dict[str, Any]]] = {
-        "kernels": lambda: kernels.run(mode, probes, progress),
+        "kernels": lambda: kernels.run(mode, probes, progress, parts["kernels"]),
         "solvers": lambda: solvers.run(mode, progress),
         "aggregation": lambda: aggregation.run(mode, progress),
-        "steps": lambda: steps.run(mode, probes, progress),
+        "steps": lambda: steps.run(mode, probes, progress, parts["steps"]),
     }
-    for name in SECTIONS:
-        if name in what:
-            record[name] = sections[name]()
-            record["seconds"] = time.perf_counter() - begin
-            save(record)
+    for name in parts:
+        record[name] = sections[name]()
+        record["seconds"] = time.perf_counter() - begin
+        save(record)
     return record

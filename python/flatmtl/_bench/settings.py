@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .timing import Effort
 
-SECTIONS = ("kernels", "solvers", "aggregation", "steps")
+PARTS: dict[str, tuple[str, ...]] = {
+    "kernels": ("float32", "bfloat16", "layouts"), "solvers": (), "aggregation": (),
+    "steps": ("arithmetic", "models", "batched", "memory"),
+}  # fmt: skip
+SECTIONS = tuple(PARTS)
+CHOICES = tuple(name for section in PARTS for name in (section, *(f"{section}.{part}" for part in PARTS[section])))
 
 Progress = Callable[[str], None]  # called when a case is done, with what comes next or was done
+
+
+def chosen(what: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The sections named in `what`, in the order of a run, with their parts. ValueError for a name that there is not."""
+    for name in what:
+        if name not in CHOICES:
+            raise ValueError(f"there is no {name!r} to measure; there are {', '.join(CHOICES)}")
+    found = {}
+    for section, parts in PARTS.items():
+        own = tuple(part for part in parts if section in what or f"{section}.{part}" in what)
+        if section in what or own:
+            found[section] = own
+    return found
 
 
 @dataclass(frozen=True)

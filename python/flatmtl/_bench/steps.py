@@ -19,7 +19,7 @@ from .. import _compare, reference
 from . import contenders, machine, rows
 from .models import Perceptron, ResNet18, Transformer
 from .probes import Probes
-from .settings import Mode, Progress
+from .settings import PARTS, Mode, Progress
 from .timing import Effort, fits, interleave, threads
 
 OURS, REFERENCE, FLOORS = contenders.OURS, contenders.REFERENCE, "sum of floors"
@@ -249,14 +249,17 @@ def _peak(name: str, tasks: int, width: int) -> int | None:
 # -- the section ------------------------------------------------------------------------------------------------------
 
 
-def plan(mode: Mode) -> list[Callable[[Probes], tuple[str, dict[str, Any]]]]:
-    """What to do, one thing after another; each gives the list of the record that it belongs to, and its entry."""
+Todo = tuple[str, Callable[[Probes], dict[str, Any]]]
+
+
+def plan(mode: Mode, parts: Sequence[str] = PARTS["steps"]) -> list[Todo]:
+    """What to do, one thing after another: the list of the record that it belongs to, and what gives its entry."""
     count, effort = machine.cores(), mode.effort
-    todo: list[Callable[[Probes], tuple[str, dict[str, Any]]]] = []
+    todo: list[Todo] = []
 
     def one(method: str, tasks: int, numbers: int, layout: str, count: int) -> None:
         if 4 * numbers * (4 * tasks + 6) <= 4 * mode.memory:
-            todo.append(lambda p: ("arithmetic", arithmetic(method, tasks, numbers, layout, p, effort, count)))
+            todo.append(("arithmetic", lambda p: arithmetic(method, tasks, numbers, layout, p, effort, count)))
 
     for method in METHODS:
         for tasks in mode.step_tasks:
@@ -268,24 +271,26 @@ def plan(mode: Mode) -> list[Callable[[Probes], tuple[str, dict[str, Any]]]]:
     steps = Effort(0.0, mode.model_steps)
     for tasks in mode.resnet_tasks:
         arguments = ("ResNet-18", tasks, mode.resnet_batch, mode.resnet_size, steps, count)
-        todo.append(lambda p, arguments=arguments: ("models", model_step(*arguments)))  # type: ignore[misc]
-    todo.append(lambda p: ("models", model_step("transformer", 3, mode.resnet_batch, 32, steps, count)))
+        todo.append(("models", lambda _, arguments=arguments: model_step(*arguments)))  # type: ignore[misc]
+    todo.append(("models", lambda _: model_step("transformer", 3, mode.resnet_batch, 32, steps, count)))
     for tasks in mode.step_tasks:
         for width in mode.batched_widths:
-            todo.append(lambda p, t=tasks, w=width: ("batched", batched_step(t, w, effort, count)))  # type: ignore[misc]
-    todo.append(lambda p: ("memory", memory(3, mode.memory_width)))
-    return todo
+            todo.append(("batched", lambda _, t=tasks, w=width: batched_step(t, w, effort, count)))  # type: ignore[misc]
+    todo.append(("memory", lambda _: memory(3, mode.memory_width)))
+    return [(part, work) for part, work in todo if part in parts]
 
 
-def run(mode: Mode, probes: Probes, progress: Progress) -> dict[str, Any]:
-    record: dict[str, Any] = {"arithmetic": [], "models": [], "batched": [], "memory": []}
-    for work in plan(mode):
-        kind, entry = work(probes)
-        record[kind].append(entry)
-        progress(f"step: {kind}")
-    plain = [case for case in record["arithmetic"] if case["layout"] == "one"]
-    record["fits"] = fits(plain, "numbers", ("method", "tasks", "threads"))
-    return record
+def run(mode: Mode, probes: Probes, progress: Progress, parts: Sequence[str] = PARTS["steps"]) -> dict[str, Any]:
+    record: dict[str, Any] = {part: [] for part in parts}
+    for part, work in plan(mode, parts):
+        record[part].append(work(probes))
+        progress(f"step: {part}")
+    return {**record, "fits": growth(record.get("arithmetic", []))}
+
+
+def growth(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    plain = [case for case in cases if case["layout"] == "one"]
+    return fits(plain, "numbers", ("method", "tasks", "threads"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What flatmtl aims at, as ratios within one run, beside what the run gave."""
+"""What flatmtl aims at, as ratios within one run, beside what the runs gave."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from . import kernels, steps
 MEGABYTE = 1_000_000
 
 
-def targets(record: dict[str, Any], table: Callable[..., Any]) -> list[Any]:
-    """One table of targets; a list, empty if the record has nothing for any of them."""
-    rows = [*_kernels(record.get("kernels")), *_steps(record.get("steps"))]
+def targets(page: dict[str, Any], table: Callable[..., Any]) -> list[Any]:
+    """One table of targets; a list, empty if the page has nothing for any of them."""
+    rows = [*_kernels(page.get("kernels")), *_steps(page.get("steps"))]
     if not rows:
         return []
     columns = ["", "target", "median", "best - worst", "cases"]
-    return [table("targets", "Targets, as ratios within this run.", columns, rows)]
+    return [table("targets", "Targets, as ratios within one run.", columns, rows)]
 
 
 def _row(
@@ -35,7 +35,6 @@ def _row(
 def _kernels(section: dict[str, Any] | None) -> Iterable[list[str]]:
     if section is None:
         return
-    peaks = {limit["threads"]: limit["peak"] for limit in section["limits"]}
     plain = [case for case in section["cases"] if case["layout"] == "one"]
 
     def ratios(kernel: str, dtype: str, most: int, least: int = 0) -> list[float]:
@@ -50,18 +49,18 @@ def _kernels(section: dict[str, Any] | None) -> Iterable[list[str]]:
 
     def shares(kernel: str, dtype: str) -> list[float]:
         return [
-            100 * case["operations"] / case["times"][kernels.OURS]["median"] / peaks[case["threads"]]
+            100 * case["operations"] / case["times"][kernels.OURS]["median"] / case["peak"]
             for case in plain
             if (case["kernel"], case["dtype"]) == (kernel, dtype) and inputs(case) >= 16
         ]
 
-    def bounds(kernel: str, dtype: str) -> list[float]:
-        """Times over what this machine allows at best: reading, or multiplying at the peak, whichever takes longer."""
+    def works(kernel: str, dtype: str, least: int, most: int) -> list[float]:
+        """Times over those of the loop that reads the rows and multiplies as often, by K, on which both depend."""
         return [
-            times[kernels.OURS]["median"]
-            / max(times[kernels.FLOOR]["median"], case["operations"] / peaks[case["threads"]])
+            found["median"]
             for case in plain
-            if (case["kernel"], case["dtype"]) == (kernel, dtype) and inputs(case) >= 16 and (times := case["times"])
+            if (case["kernel"], case["dtype"]) == (kernel, dtype) and least <= case["tasks"] <= most
+            if (found := case["times"][kernels.OURS].get("ratios", {}).get(kernels.WORK)) is not None
         ]
 
     for dtype in sorted({case["dtype"] for case in plain}, reverse=True):
@@ -71,15 +70,16 @@ def _kernels(section: dict[str, Any] | None) -> Iterable[list[str]]:
             larger=True,
         )  # fmt: skip
         yield from _row(
-            f"Gramian of 16 rows or more, {dtype} / reading or multiplying at the peak", "", bounds("gramian", dtype)
-        )
-        yield from _row(
             f"Gramian of g and f, 2K <= 10, {dtype} / reading", "<= 1.15", ratios("gramian_pair", dtype, 10)
         )
         yield from _row(
             f"Gramian of g and f, 2K >= 16, {dtype}, share of the FMA peak", "", shares("gramian_pair", dtype), "{:.0f} %",
             larger=True,
         )  # fmt: skip
+        for kernel, name in (("gramian", "Gramian"), ("gramian_pair", "Gramian of g and f")):
+            for least, most, size in ((1, 10, "K <= 10"), (16, 1 << 30, "K >= 16")):
+                values = works(kernel, dtype, least, most)
+                yield from _row(f"{name}, {size}, {dtype} / {kernels.WORK}", "", values)
         for kernel in ("combine", "combine_pair", "perturb", "copy"):
             yield from _row(f"{kernel}, {dtype} / its traffic", "<= 1.15", ratios(kernel, dtype, 1 << 30))
     pieces = [case["times"] for case in section["cases"] if case["layout"] != "one"]

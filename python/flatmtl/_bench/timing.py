@@ -26,13 +26,15 @@ class Effort:
     sample: float = 5e-4
 
 
-def interleave(contenders: Mapping[str, Work], effort: Effort, base: str | None = None) -> dict[str, dict[str, Any]]:
+def interleave(
+    contenders: Mapping[str, Work], effort: Effort, base: str | None = None, others: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
     """Times the contenders in turn, each first as often as last.
 
     Returns:
         For each the `median`, `lower` and `upper` quartile in seconds of one call, and the number of `rounds`. With
         `base` also `ratio`: the same of its time over that of the contender `base` in the same round, which a machine
-        whose speed drifts disturbs least.
+        whose speed drifts disturbs least. `ratios` are those to each of `others`.
     """
     names = list(contenders)
     loops = {name: _loops(contenders[name], effort.sample) for name in names}
@@ -47,8 +49,14 @@ def interleave(contenders: Mapping[str, Work], effort: Effort, base: str | None 
     for name in names:
         result[name] = {**summary(times[name]), "rounds": done}
         if base is not None and name != base:
-            result[name]["ratio"] = summary([a / b for a, b in zip(times[name], times[base], strict=True)])
+            result[name]["ratio"] = _ratio(times[name], times[base])
+        if others:
+            result[name]["ratios"] = {other: _ratio(times[name], times[other]) for other in others if other != name}
     return result
+
+
+def _ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    return summary([a / b for a, b in zip(times, base, strict=True)])
 
 
 def _loops(work: Work, sample: float) -> int:
