@@ -20,7 +20,7 @@
 #include "rows.h"
 
 enum {
-  FM_FAST_ROWS = 6,           /* F32 from so many rows on: below, F64 is as fast as memory */
+  FM_FAST_ROWS = 4,           /* F32 from so many rows on: below, F64 is as fast as memory */
   FM_FAST_LENGTH = 96 * 1024, /* and from this length on: its rounding errors need company to average out */
 };
 
@@ -274,8 +274,8 @@ static void fill(const flatmtl_context *context, job *job, double *gramian) {
   const size_t per_family = triangle_size(job->size);
   const double *sums = context->workspace;
   job->kernels = fm_kernels_get();
-  job->fast = context->accumulate == FLATMTL_ACCUMULATE_AUTO && job->rows->dtype != FLATMTL_F64 && n >= FM_FAST_ROWS &&
-              fm_total_length(job->rows) >= FM_FAST_LENGTH;
+  job->fast = context->accumulate == FLATMTL_ACCUMULATE_AUTO && job->rows->dtype != FLATMTL_F64 &&
+              job->rows->num_rows >= FM_FAST_ROWS && fm_total_length(job->rows) >= FM_FAST_LENGTH;
   memset(gramian, 0, n * n * sizeof(double));
   for (;;) {
     const double product = job->fast ? 0.06 : 0.12; /* of the time to read a number */
