@@ -177,16 +177,18 @@ std::string Segments::reference(int64_t segment) const {
   return element(name_, has_rows_, 0, segment);
 }
 
-void Segments::take(const std::string &name, const Tensor &tensor, const Shape &shape, int32_t torch_dtype) {
-  if (lengths_.empty()) {
+void Segments::take(int64_t segment, const Tensor &tensor, const Shape &shape, int32_t torch_dtype) {
+  if (segment == 0) {
     if (core_dtype(torch_dtype) < 0)
-      fail(op_, name + " is " + dtype_name(torch_dtype) + "; float32, float64, bfloat16 and float16 work");
+      fail(op_, reference(0) + " is " + dtype_name(torch_dtype) + "; float32, float64, bfloat16 and float16 work");
     torch_dtype_ = torch_dtype;
   } else if (torch_dtype != torch_dtype_) {
-    fail(op_, name + " is " + dtype_name(torch_dtype) + ", " + reference(0) + " is " + dtype_name(torch_dtype_));
+    fail(op_, reference(segment) + " is " + dtype_name(torch_dtype) + ", " + reference(0) + " is " +
+                  dtype_name(torch_dtype_));
   }
   if (!is_dense(shape.dim, shape.sizes, shape.strides))
-    fail(op_, name + " has shape " + list(shape.dim, shape.sizes) + " and strides " + list(shape.dim, shape.strides) +
+    fail(op_, reference(segment) + " has shape " + list(shape.dim, shape.sizes) + " and strides " +
+                  list(shape.dim, shape.strides) +
                   ": its elements do not fill one block of memory; pass a contiguous tensor");
   lengths_.push_back(tensor.numel());
   shapes_.push_back(shape);
@@ -248,7 +250,7 @@ Data Segments::add(const char *name, const Tensors &tensors, int64_t num_rows, b
     const Shape shape{tensor.dim(), tensor.sizes().data(), tensor.strides().data()};
     const int32_t dtype = ask<int32_t>(aoti_torch_get_dtype, tensor);
     if (first && row == 0) {
-      take(label(), tensor, shape, dtype);
+      take(segment, tensor, shape, dtype);
       expected_dtype = torch_dtype_;
     } else {
       if (i == 0 && rows_dtype_ < 0 && allows(allowed, dtype)) expected_dtype = dtype;

@@ -52,7 +52,7 @@ class Segments {
     int64_t dim;
     const int64_t *sizes, *strides;
   };
-  void take(const std::string &name, const Tensor &tensor, const Shape &shape, int32_t torch_dtype);
+  void take(int64_t segment, const Tensor &tensor, const Shape &shape, int32_t torch_dtype);
   void compare(const std::string &name, int64_t segment, const Tensor &tensor, const Shape &shape, int32_t torch_dtype,
                int32_t expected_dtype) const;
   bool allows(Dtype allowed, int32_t torch_dtype) const;

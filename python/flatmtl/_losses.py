@@ -28,6 +28,7 @@ class Loss:
     value: Tensor
     edge: GradientEdge | None  # None for a loss that was asked for without its gradient
     separable: bool = True
+    source: Tensor | None = None  # the tensor with this edge, if it is at hand: holds its graph
 
 
 def is_per_task(closure: Any) -> bool:
@@ -102,9 +103,10 @@ def read_loss(task: Task, value: Any, grad: bool = True) -> Loss:
     if not grad:
         return Loss(task, value.detach(), None)
     _check_differentiable(f"loss of task {task!r}", value)
-    edge = GradientEdge(value.grad_fn, value.output_nr, value)  # holds the tensor, and so the graph
+    edge = GradientEdge(value.grad_fn, value.output_nr)
     scalar = _follow_element(edge)
-    return Loss(task, value.detach(), scalar or edge, scalar is not None)
+    start = scalar or edge
+    return Loss(task, value.detach(), start, scalar is not None, value if start is edge else None)
 
 
 def check_scalar(task: Task, value: Any) -> None:
@@ -229,7 +231,10 @@ def gradients(
     """Gradients of the sum of the losses times `scale`, None for inputs that they do not reach."""
     edges = [loss.edge for loss in losses if loss.edge is not None]
     seeds = None if scale == 1.0 else [seed_of(edge, scale) for edge in edges]  # None: ones
-    return torch.autograd.grad(edges, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
+    starts: Any = edges
+    if all(type(loss.source) is Tensor for loss in losses):  # with tensors torch has less to do
+        starts = [loss.source for loss in losses]
+    return torch.autograd.grad(starts, inputs, grad_outputs=seeds, retain_graph=retain_graph, allow_unused=True)
 
 
 def gradients_of_each(losses: Sequence[Loss], inputs: Sequence[Tensor], scale: float) -> list[list[Tensor | None]]:

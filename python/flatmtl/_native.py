@@ -157,9 +157,8 @@ def _read(rows: list[Row], call: Callable[[list[Row]], Tensor]) -> Tensor:
 
 def _write(out: Row, rows: list[Row], call: Callable[[Row, list[Row]], Any]) -> None:
     """As `_read`, for an op that overwrites the whole of `out`, and checks everything before it touches it."""
-    dense = list(out)
     try:
-        call(dense, rows)
+        call(out, rows)
     except RuntimeError:
         order = _order(out)
         dense = [_fit(target, like, copy=False) for target, like in zip(out, order, strict=True)]
@@ -167,9 +166,9 @@ def _write(out: Row, rows: list[Row], call: Callable[[Row, list[Row]], Any]) -> 
         if fitted is rows and _same(dense, out):
             raise
         call(dense, fitted)
-    for target, result in zip(out, dense, strict=True):
-        if target is not result:
-            target.copy_(result)
+        for target, result in zip(out, dense, strict=True):
+            if target is not result:
+                target.copy_(result)
     increment_version(list(out))
 
 

@@ -386,7 +386,7 @@ class Passes:
         features = nullcontext() if self.features is None else self.features.watching()
         torch.clear_autocast_cache()  # within an outer autocast it holds the parameters cast at another point
         try:
-            with self.interrupt.window(), torch.set_grad_enabled(grad), self.buffers.watching(), features:
+            with torch.set_grad_enabled(grad), self.buffers.watching(), features, self.interrupt.window():
                 if forward.takes_task:
                     return forward.closure(*forward.arguments, task=task)
                 return forward.closure(*forward.arguments)
@@ -400,7 +400,8 @@ class Passes:
         rooms = [self.point.room(i) for i in indices] if self.point.rounding.needed else []
         with self.interrupt.window():
             grads = list(take(losses, leaves, self.loss_scale, retain_graph))
-        self._fit_([grads], indices, rooms)
+        if not self.point.fit(grads, indices, self.point.rounding.fresh):
+            self._fit_([grads], indices, rooms)
         return grads
 
     def _gradients_of_each(self, losses: Sequence[Loss], indices: Sequence[int]) -> list[list[Tensor | None]]:

@@ -101,6 +101,15 @@ class Point:
         """The gradients at the indices, zeros where there is none."""
         return [self.zeros(i) if (g := gradients[i]) is None else g for i in indices]
 
+    def fit(self, grads: Sequence[Tensor | None], indices: Sequence[int], dtypes: Sequence[torch.dtype]) -> bool:
+        """Whether `fitted` would give back all of these gradients, of the parameters with these indices."""
+        for g, i in zip(grads, indices, strict=True):
+            if g is not None and not (
+                g.layout == torch.strided and g.dtype == dtypes[i] and g.stride() == self._strides[i]
+            ):
+                return False
+        return True
+
     def fitted(self, i: int, grad: Tensor, dtype: torch.dtype | None = None, room: Tensor | None = None) -> Tensor:
         """A gradient of parameter i in the memory layout of the parameter; in this dtype, if it is given, and where it
         has to be copied in `room`, if that is given."""
@@ -109,7 +118,7 @@ class Point:
                 f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
             )
         dtype = dtype or grad.dtype
-        if grad.stride() == self._strides[i] and grad.dtype == dtype:
+        if grad.stride() == self.tensors[i].stride() and grad.dtype == dtype:
             return grad
         return (torch.empty_like(self.tensors[i], dtype=dtype) if room is None else room).copy_(grad)
 

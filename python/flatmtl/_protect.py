@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,17 +103,9 @@ class Buffers:
                     self._slots.append((child, name, buffer))
                     self._first.append(buffer.detach().clone())
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Notes the modules that are called inside."""
-        if not self._search:
-            yield
-            return
-        handle = register_module_forward_pre_hook(self._see)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def watching(self) -> AbstractContextManager[Any]:
+        """Notes the modules that are called inside the `with` block that this begins."""
+        return register_module_forward_pre_hook(self._see) if self._search else nullcontext()
 
     def values(self) -> list[Tensor]:
         """Copies of all buffers known so far."""

@@ -21,7 +21,7 @@ class Roles:
         self.fixed = None if shared is None else _tensors(shared)
         self.of: dict[Tensor, int] = {}
 
-    def grown(self, reached: Sequence[set[Tensor]], roles: dict[Tensor, int] | None = None) -> dict[Tensor, int]:
+    def grown(self, reached: Sequence[Iterable[Tensor]], roles: dict[Tensor, int] | None = None) -> dict[Tensor, int]:
         """The roles, those given or `self.of`, after task i's loss reached the parameters reached[i]. Changes
         neither."""
         roles = dict(self.of if roles is None else roles)

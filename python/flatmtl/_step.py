@@ -164,9 +164,11 @@ class Step:
 
     def _find_roles(self) -> None:
         """Which parameters are shared and which are one task's own."""
-        reached = [{self.point.leaves[i] for i in s.touched} for s in self.tasks]
+        leaves = self.point.leaves
+        final = [self.new_roles.get(t) == SHARED for t in leaves]
+        reached = [[leaves[i] for i in s.touched if not final[i]] for s in self.tasks]
         self.new_roles = self.roles.grown(reached, self.new_roles)
-        role = [self.new_roles.get(t) for t in self.point.leaves]
+        role = [self.new_roles.get(t) for t in leaves]
         for state in self.tasks:
             state.own = [i for i in state.reached if role[i] != SHARED]
         hit_any = {i for s in self.tasks for i in s.touched}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
+from typing import Any
 
 import flatmtl
 import pytest
 import torch
+from flatmtl import _losses
 from models import batch, closure_of, equal, two_heads, values
 from torch import nn
 from torch.optim import SGD, Adam
@@ -361,3 +364,43 @@ def test_no_search_for_wrappers_without_a_process_group(monkeypatch: pytest.Monk
     monkeypatch.setattr(gc, "get_objects", searched)
     model = two_heads()
     flatmtl.FlatMTL(SGD(model.parameters(), lr=0.1)).step(closure_of(model, *batch()))
+
+
+class _Closures:
+    def bound(self, task: object = None) -> None: ...
+
+    def bound_without(self, other: object = None) -> None:
+        task = other
+        del task
+
+    def __call__(self, *, task: object) -> None: ...
+
+
+def _first(task: object) -> None: ...
+
+
+def _keyword(x: object, *, task: object = None) -> None: ...
+
+
+def _local(x: object) -> None:
+    task = x
+    del task
+
+
+def _with_rest(*rest: object, **named: object) -> None: ...
+
+
+@functools.wraps(_first)
+def _wrapped(*args: object, **kwargs: object) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("closure", "takes"),
+    [
+        (_first, True), (_keyword, True), (_local, False), (_with_rest, False), (_wrapped, True),
+        (lambda task: task, True), (lambda: None, False), (functools.partial(_keyword, 1), True), (_Closures(), True),
+        (_Closures().bound, True), (_Closures().bound_without, False), (dict, False),
+    ],
+)  # fmt: skip
+def test_closures_with_a_parameter_named_task_are_known(closure: Any, takes: bool) -> None:
+    assert _losses.takes_task(closure) is takes
