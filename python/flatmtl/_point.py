@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _backend, _sharded
 from ._arithmetic import Arithmetic
+from ._reserve import Reserve
 from ._rounding import Rounding
 from ._sync import Alone
 from ._task import Parameter
@@ -33,14 +34,16 @@ class Point:
     like `tensors`. Rows of gradients too, but for their dtype, which is up to `rounding`.
     """
 
-    def __init__(self, params: Sequence[Parameter], sync: Alone, rows_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, params: Sequence[Parameter], sync: Alone, reserve: Reserve, rows_dtype: torch.dtype | None = None
+    ) -> None:
         self.params = list(params)
         self.leaves = [p.tensor for p in params]
         self.tensors = [_sharded.local(t) for t in self.leaves]
         shards = _sharded.shards(self.leaves, [p.name for p in params])
         self.sharded = any(s is not None for s in shards)
         self.devices = sorted({t.device for t in self.tensors}, key=str)
-        self.saved = [torch.empty_like(t) for t in self.tensors]
+        self.saved = [reserve.empty_like(p.index, t) for p, t in zip(params, self.tensors, strict=True)]
         self.arithmetic = Arithmetic(_backend.group(self.tensors, self.saved, shards), sync)
         self.arithmetic.copy_(self.saved, self.tensors)
         self.moved = False

@@ -23,6 +23,7 @@ from ._losses import Task
 from ._passes import Passes
 from ._point import Move, Point
 from ._protect import Buffers, HeldInterrupt
+from ._reserve import Reserve
 from ._roles import SHARED, Roles
 from ._settings import Settings
 from ._sync import Alone
@@ -43,7 +44,7 @@ class Step:
     def __init__(
         self, params: Sequence[Parameter], settings: Settings, roles: Roles, *, tasks: Sequence[Task] | None,
         states: dict[str, Any], draw: int, loss_scale: float, buffers: Buffers, interrupt: HeldInterrupt,
-        sync: Alone | None = None,
+        reserve: Reserve, sync: Alone | None = None,
     ) -> None:  # fmt: skip
         self.sync = sync or Alone()
         self.params = list(params)
@@ -51,7 +52,7 @@ class Step:
         self.known_tasks, self.states, self.new_states = tasks, states, dict(states)
         self.buffers, self.interrupt = buffers, interrupt
         self.flat = not settings.flat.uses_rho or any(p.rho_shared != 0.0 or p.rho_task != 0.0 for p in params)
-        self.point = Point(params, self.sync, settings.rows_dtype)
+        self.point = Point(params, self.sync, reserve, settings.rows_dtype)
         self.summed = self.flat and not settings.flat.needs_task_gradients(settings.combine) and not settings.weighting
         self.summed = self.summed and not self.point.sharded  # FSDP hides which parameters a graph reaches
         self.buffered = isinstance(settings.aggregator, BufferAggregator)

@@ -15,6 +15,7 @@ from . import _checkpoint, _groups, _record, _settings, _sharded, _validation, _
 from ._checkpoint import FlatMTLState
 from ._losses import Task
 from ._protect import Buffers, HeldInterrupt, noted
+from ._reserve import Reserve
 from ._roles import Roles
 from ._step import Step
 from ._sync import Alone, connect
@@ -166,6 +167,7 @@ class FlatMTL(Optimizer):
         self.steps = 0
         self.last: dict[str, Any] = {}
         self._after_update: _weighting.Observation | None = None
+        self._reserve = Reserve()
         self.optimizer = optimizer
         for group in groups:
             group["rho"] = rho
@@ -321,7 +323,8 @@ class FlatMTL(Optimizer):
                 loss_scale = float(grad_scaler.scale(torch.ones((), device=params[0].tensor.device)))
             step = Step(
                 params, self.settings, self.roles, tasks=self.tasks, states=self.states, draw=self.steps,
-                loss_scale=loss_scale, buffers=Buffers(self.modules), interrupt=interrupt, sync=ranks,
+                loss_scale=loss_scale, buffers=Buffers(self.modules), interrupt=interrupt, reserve=self._reserve,
+                sync=ranks,
             )  # fmt: skip
         try:
             with ranks.guard():

@@ -298,7 +298,7 @@ class FlatMTL : public torch::optim::Optimizer {
     torch::NoGradGuard no_grad;
     follow_groups();
     after_update_.reset();
-    auto step = std::make_shared<detail::Step>(parameters_now(), options_, roles_, tasks_, methods_, steps_);
+    auto step = std::make_shared<detail::Step>(parameters_now(), &reserve_, options_, roles_, tasks_, methods_, steps_);
     bool skipped = false;
     try {
       step->run(closure);
@@ -364,6 +364,7 @@ class FlatMTL : public torch::optim::Optimizer {
   std::optional<std::vector<Task>> tasks_;
   detail::MethodStates methods_;                // what they keep
   std::shared_ptr<detail::Step> after_update_;  // what a weighting is to learn from after the next update
+  detail::Reserve reserve_;
   int64_t steps_ = 0;
   Record last_;
 };

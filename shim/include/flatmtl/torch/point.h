@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "native.h"
+#include "reserve.h"
 
 namespace flatmtl {
 namespace detail {
@@ -41,12 +42,13 @@ inline std::vector<Row> at(const std::vector<Row> &rows, const Indices &places) 
 class Point {
  public:
   // accumulate: how Gramians are summed.
-  Point(std::vector<Parameter> params, flatmtl_accumulate accumulate, std::optional<at::ScalarType> rows_dtype)
+  Point(std::vector<Parameter> params, Reserve *reserve, flatmtl_accumulate accumulate,
+        std::optional<at::ScalarType> rows_dtype)
       : params_(std::move(params)), accumulate_(accumulate), rows_dtype_(rows_dtype) {
     for (size_t i = 0; i < params_.size(); ++i) {
       const torch::Tensor &tensor = params_[i].tensor;
       tensors_.push_back(tensor);
-      saved_.push_back(torch::empty_like(tensor));
+      saved_.push_back(reserve->empty_like(i, tensor));
       check_parameter(params_[i], saved_.back());
       auto group = std::find_if(groups_.begin(), groups_.end(),
                                 [&](const Indices &g) { return tensors_[g[0]].scalar_type() == tensor.scalar_type(); });

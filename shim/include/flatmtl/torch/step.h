@@ -29,9 +29,9 @@ namespace detail {
 class Step : private StepData {
  public:
   // options: settled. known_tasks: of earlier steps, if there were any.
-  Step(std::vector<Parameter> params, const FlatMTLOptions &options_of_step, const Roles &roles,
+  Step(std::vector<Parameter> params, Reserve *reserve, const FlatMTLOptions &options_of_step, const Roles &roles,
        const std::optional<std::vector<Task>> &known_tasks, const MethodStates &old, int64_t number)
-      : StepData(std::move(params), options_of_step, old, number),
+      : StepData(std::move(params), reserve, options_of_step, old, number),
         roles_(roles),
         known_tasks_(known_tasks),
         slots_(buffers(options.modules())),

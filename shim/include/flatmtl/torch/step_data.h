@@ -20,10 +20,11 @@ namespace detail {
 
 struct StepData {
   // options: settled. old: of the methods, as earlier steps left them; kept by reference. number: of the step.
-  StepData(std::vector<Parameter> params, const FlatMTLOptions &options_of_step, const MethodStates &old,
-           int64_t number)
+  StepData(std::vector<Parameter> params, Reserve *reserve, const FlatMTLOptions &options_of_step,
+           const MethodStates &old, int64_t number)
       : options(options_of_step),
-        point(std::move(params), accumulate_number(options_of_step.accumulate()), options_of_step.rows_dtype()),
+        point(std::move(params), reserve, accumulate_number(options_of_step.accumulate()),
+              options_of_step.rows_dtype()),
         states(old),
         new_states(old),
         draw(number),
