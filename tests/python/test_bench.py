@@ -120,6 +120,10 @@ def test_ratios_to_other_contenders_are_taken_round_by_round(monkeypatch: pytest
     assert found["c"]["ratios"]["b"] == pytest.approx({"median": 2.0, "lower": 2.0, "upper": 2.0})
     assert found["a"]["ratios"]["b"]["median"] == pytest.approx(0.5)
     assert "b" not in found["b"]["ratios"]
+    less = timing.interleave(works, Effort(0.0, 4), "a", less={"c": "b"})
+    assert less["c"]["median"] == pytest.approx(2.0)
+    assert less["c"]["ratio"]["median"] == pytest.approx(2.0)
+    assert less["b"]["median"] == pytest.approx(2.0)
 
 
 def test_short_work_is_repeated_within_a_sample() -> None:
@@ -442,6 +446,20 @@ def test_bare_passes_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> Non
     forwards.clear(), backwards.clear()
     trained.optimizer(steps.OURS).step(trained.closure)
     assert (len(forwards), len(backwards)) == bare == (3, 4)
+
+
+def test_passes_of_ready_rows_are_those_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, 50)
+    ready = steps.ReadyRows([x[6]], [[row] for row in x[:3]], [[row] for row in x[3:6]])
+    backwards: list[int] = []
+    original = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (backwards.append(1), original(*a, **k))[1])
+    found = []
+    for work in (ready.passes, lambda: ready.step(steps.flatmtl.FlatMTL(torch.optim.SGD(ready.params, lr=0.0)))):
+        backwards.clear()
+        work()
+        found.append((ready.calls, len(backwards)))
+    assert found == [(4, 6), (4, 6)]
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def _aggregation(section: dict[str, Any]) -> Iterable[Table]:
 
 
 def _arithmetic(section: dict[str, Any]) -> Iterable[Table]:
-    names = [steps.OURS, steps.REFERENCE, steps.TORCHJD_ONE, steps.TORCHJD_BOTH, steps.FLOORS]
+    names = [steps.OURS, steps.REFERENCE, steps.TORCHJD_ONE, steps.TORCHJD_BOTH, steps.FLOORS, steps.PASSES]
     body = [
         [
             case["method"], str(case["tasks"]),

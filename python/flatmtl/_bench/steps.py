@@ -50,8 +50,8 @@ class _Ready(torch.autograd.Function):
 class ReadyRows:
     """Parameters, and a closure whose K losses have the rows g as gradients when it is called first, the rows s later.
 
-    Its passes take next to no time, so that what `FlatMTL.backward` takes is the step outside forward and backward and
-    without the wrapped optimizer's update.
+    What `FlatMTL.backward` takes beyond `passes` is the step outside forward and backward and without the wrapped
+    optimizer's update.
     """
 
     def __init__(self, params: Sequence[Tensor], g: Sequence[Sequence[Tensor]], s: Sequence[Sequence[Tensor]]) -> None:
@@ -63,6 +63,15 @@ class ReadyRows:
         self.calls += 1
         return [_Ready.apply(row, *self.params) for row in found]  # type: ignore[no-untyped-call]
 
+    def passes(self) -> None:
+        """The K + 1 forwards and 2K backwards of a step, which compute nothing."""
+        self.calls = 0
+        losses = self.closure()
+        for loss in losses:
+            torch.autograd.grad(loss, self.params)
+        for i in range(len(losses)):
+            torch.autograd.grad(self.closure()[i], self.params)
+
     def step(self, optimizer: Any) -> list[Tensor]:
         """One step's update."""
         self.calls = 0
@@ -73,7 +82,7 @@ class ReadyRows:
 def arithmetic(
     method: str, tasks: int, numbers: int, layout: str, probes: Probes, effort: Effort, count: int
 ) -> dict[str, Any]:
-    """Times of the step outside forward and backward for one method; the ratios are to the sum of the floors: reading
+    """Times of the step less those of its forwards and backwards, for one method; the ratios are to the sum of the floors: reading
     each g_i for its norm; saving, moving K times and restoring the parameters; reading g and s for the Gramians, and
     again for the update that is written."""
     k = tasks
@@ -89,24 +98,25 @@ def arithmetic(
             ready = ReadyRows(rows.cut(theta, layout), g, s if name == OURS else [[t.clone() for t in r] for r in s])
             wrapped: Any = optimizer(torch.optim.SGD(ready.params, lr=0.0), aggregator=method, rho=0.05)
             works[name] = partial(ready.step, wrapped)
+        works[PASSES] = ReadyRows(rows.cut(theta, layout), g, s).passes
         found, absent = contenders.aggregations(method, k)
         if (theirs := found.get(contenders.TORCHJD)) is not None:
             works[TORCHJD_ONE] = lambda: theirs(loss)
             works[TORCHJD_BOTH] = lambda: theirs(loss) + theirs(perturbed - loss)
-        parts = [probes.read([matrix[0]]), probes.mix([theta, matrix[0]], out)]
         copy, read, mix = probes.mix([theta], saved), probes.read(matrix), probes.mix(matrix, out)
+        norms, moves = probes.read(matrix[:k]), [probes.mix([theta, row], out) for row in matrix[:k]]
 
         def floors() -> None:
             copy()
-            for _ in range(k):
-                for part in parts:
-                    part()
+            norms()
+            for move in moves:
+                move()
             copy()
             read()
             mix()
 
         works[FLOORS] = floors
-        times = interleave(works, effort, FLOORS)
+        times = interleave(works, effort, FLOORS, less=dict.fromkeys((OURS, REFERENCE), PASSES))
     return {
         "method": method, "tasks": k, "numbers": numbers, "layout": layout, "threads": count, "times": times,
         "absent": absent,

@@ -27,14 +27,16 @@ class Effort:
 
 
 def interleave(
-    contenders: Mapping[str, Work], effort: Effort, base: str | None = None, others: Sequence[str] = ()
-) -> dict[str, dict[str, Any]]:
+    contenders: Mapping[str, Work], effort: Effort, base: str | None = None, others: Sequence[str] = (),
+    less: Mapping[str, str] | None = None,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Times the contenders in turn, each first as often as last.
 
     Returns:
         For each the `median`, `lower` and `upper` quartile in seconds of one call, and the number of `rounds`. With
         `base` also `ratio`: the same of its time over that of the contender `base` in the same round, which a machine
-        whose speed drifts disturbs least. `ratios` are those to each of `others`.
+        whose speed drifts disturbs least. `ratios` are those to each of `others`. From the time of a contender in
+        `less` that of another in the same round is taken away first.
     """
     names = list(contenders)
     loops = {name: _loops(contenders[name], effort.sample) for name in names}
@@ -45,6 +47,8 @@ def interleave(
             name = names[(done + turn) % len(names)]
             times[name].append(_timed(contenders[name], loops[name]))
         done += 1
+    for name, part in (less or {}).items():
+        times[name] = [a - b for a, b in zip(times[name], times[part], strict=True)]
     result: dict[str, dict[str, Any]] = {}
     for name in names:
         result[name] = {**summary(times[name]), "rounds": done}
