@@ -38,9 +38,8 @@ class Group:
 def choose(param: Tensor, copy: Tensor) -> ModuleType:
     """The backend of one parameter; `copy` is empty_like of it, so equal strides mean that it is dense."""
     native = param.device.type == "cpu" and param.dtype in _NATIVE_DTYPES and param.stride() == copy.stride()
-    plain = (
-        type(param) is nn.Parameter or type(param.data) is Tensor
-    )  # a Parameter around a subclass is of that subclass
+    # A Parameter around a subclass of Tensor is of that subclass.
+    plain = type(param) is nn.Parameter or type(param.data) is Tensor
     return _native if native and plain else _generic
 
 
