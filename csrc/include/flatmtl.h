@@ -137,9 +137,9 @@ typedef void (*flatmtl_parallel_for)(int64_t begin, int64_t end, int64_t grain, 
                                      void *host);
 
 /* How inner products are summed. auto: in F32 within blocks of 512 elements and in F64 across them, for 4 rows or more
- * of 98304 numbers or more of F32, BF16 or F16; in F64 throughout otherwise, where a sum in F32 might have over- or
- * underflowed, and where the rows are nearly dependent (a part of a row that the rows before it do not span is below
- * sqrt(1e-5) of the row). The F32 sums are fused multiply-adds in 16 chains of 32: an entry of the
+ * of F32, 2 or more of BF16 and F16, of 98304 numbers or more; in F64 throughout otherwise, where a sum in F32 might
+ * have over- or underflowed, and where the rows are nearly dependent (a part of a row that the rows before it do not
+ * span is below sqrt(1e-5) of the row). The F32 sums are fused multiply-adds in 16 chains of 32: an entry of the
  * Gramian is off by at most 3e-6 |g_i||g_j|; for rows of random numbers by less than 1e-8 |g_i||g_j|, or 1e-7 where
  * they are BF16 or F16, the squares of which are rounded with a bias. In F64: by 1e-13 at most. */
 typedef enum flatmtl_accumulate { FLATMTL_ACCUMULATE_AUTO = 0, FLATMTL_ACCUMULATE_F64 = 1 } flatmtl_accumulate;

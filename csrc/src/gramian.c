@@ -20,7 +20,8 @@
 #include "rows.h"
 
 enum {
-  FM_FAST_ROWS = 4,           /* F32 from so many rows on: below, F64 is as fast as memory */
+  FM_FAST_ROWS = 4,           /* F32 from so many rows of F32 on: below, F64 is as fast as memory */
+  FM_FAST_HALF_ROWS = 2,      /* the same of BF16 and F16, which are rounded more coarsely themselves */
   FM_FAST_LENGTH = 96 * 1024, /* and from this length on: its rounding errors need company to average out */
 };
 
@@ -71,27 +72,42 @@ typedef struct job {
   int32_t num_families;
   int32_t size; /* rows of a family */
   int fast;
+  int as_is;       /* whether rows that are not flat are multiplied as they lie, in BF16 */
   int32_t scanned; /* the row that scan_chunks looks at */
 } job;
 
 /* Room for a block of rows that have to be packed, widened or subtracted. */
 typedef union scratch {
+  uint16_t bf16[FM_PANEL][FM_BLOCK];
   float f32[FM_PANEL][FM_BLOCK];
   double f64[FM_GROUP][FM_BLOCK];
 } scratch;
 
-/* Whether a row can be read where it lies. */
-static int is_direct(const job *job, int32_t row) {
-  return row < job->rows->num_rows && fm_dtype_size(job->rows->dtype) > 2;
+static int is_as_is(const job *job, int32_t row) {
+  return job->as_is && row < job->rows->num_rows;
 }
 
-static void *place(const job *job, scratch *to, int32_t i, int64_t offset) {
+/* Whether a row can be read where it lies. */
+static int is_direct(const job *job, int32_t row) {
+  return is_as_is(job, row) || (row < job->rows->num_rows && fm_dtype_size(job->rows->dtype) > 2);
+}
+
+/* Of row i of a group that starts at first_row. */
+static void *place(const job *job, int32_t first_row, scratch *to, int32_t i, int64_t offset) {
+  if (is_as_is(job, first_row)) return to->bf16[i] + offset;
   return job->rows->dtype == FLATMTL_F64 ? (void *)(to->f64[i] + offset) : (void *)(to->f32[i] + offset);
 }
 
-static void pack(const job *job, int32_t row, fm_cursor cursor, int64_t n, void *to) {
+static void widen(const job *job, int32_t row, fm_cursor cursor, int64_t n, void *to) {
   const int flat = row >= job->rows->num_rows;
   fm_pack(job->kernels, job->rows, flat ? job->perturbed : NULL, flat ? row - job->rows->num_rows : row, cursor, n, to);
+}
+
+static void pack(const job *job, int32_t row, fm_cursor cursor, int64_t n, void *to) {
+  if (is_as_is(job, row))
+    fm_gather(job->rows, row, cursor, n, to);
+  else
+    widen(job, row, cursor, n, to);
 }
 
 /* The rows of a group at the cursor, which stands where the next block starts. */
@@ -105,10 +121,17 @@ static void look_ahead(const job *job, int32_t first_row, int32_t count, fm_curs
   }
 }
 
-static void multiply(const job *job, const void *const *x, int32_t nx, const void *const *y, int32_t ny, int64_t n,
-                     int first, int last, double *lanes, double *const *out, const fm_ahead *ahead) {
+static void multiply(const job *job, int32_t first_row, const void *const *x, int32_t nx, const void *const *y,
+                     int32_t ny, int64_t n, int first, int last, double *lanes, double *const *out,
+                     const fm_ahead *ahead) {
   const int64_t padded = (n + FM_LANES - 1) / FM_LANES * FM_LANES;
-  if (job->rows->dtype == FLATMTL_F64) {
+  if (is_as_is(job, first_row) && !job->fast) {
+    job->kernels->gram_bf16((const uint16_t *const *)x, nx, (const uint16_t *const *)y, ny, padded, first, last, lanes,
+                            out, ahead);
+  } else if (is_as_is(job, first_row)) {
+    job->kernels->gram_fast_bf16((const uint16_t *const *)x, nx, (const uint16_t *const *)y, ny, padded, first, last,
+                                 (float *)lanes, out, ahead);
+  } else if (job->rows->dtype == FLATMTL_F64) {
     job->kernels->gram_f64((const double *const *)x, nx, (const double *const *)y, ny, padded, first, last, lanes, out,
                            ahead);
   } else if (job->fast) {
@@ -135,21 +158,22 @@ static void add_pieces(const job *job, int32_t first_row, int32_t count, fm_curs
     if (is_direct(job, first_row + i)) {
       any_direct = 1;
     } else {
-      pack(job, first_row + i, cursor, n, place(job, room, i, 0));
+      pack(job, first_row + i, cursor, n, place(job, first_row, room, i, 0));
     }
   for (int64_t done = 0; done < n;) {
     int direct = 1;
     const int64_t length = any_direct ? fm_piece(cursor, n - done, &direct) : n;
     for (int32_t i = 0; i < count; i++) {
-      x[i] = place(job, room, i, done);
+      x[i] = place(job, first_row, room, i, done);
       if (!is_direct(job, first_row + i)) continue;
       if (direct) {
         x[i] = fm_row_at(job->rows, first_row + i, &cursor, size);
       } else {
-        pack(job, first_row + i, cursor, length, place(job, room, i, done));
+        pack(job, first_row + i, cursor, length, place(job, first_row, room, i, done));
       }
     }
-    multiply(job, x, count, NULL, 0, length, first && done == 0, last && done + length == n, lanes, out, &ahead);
+    multiply(job, first_row, x, count, NULL, 0, length, first && done == 0, last && done + length == n, lanes, out,
+             &ahead);
     for (int32_t i = 0; i < ahead.count; i++) ahead.rows[i] += length * ahead.size;
     fm_cursor_advance(&cursor, length);
     done += length;
@@ -164,8 +188,8 @@ static void fetch(const job *job, int32_t first_row, int32_t count, fm_cursor cu
     if (whole && is_direct(job, first_row + i)) {
       x[i] = fm_row_at(job->rows, first_row + i, &cursor, fm_dtype_size(job->rows->dtype));
     } else {
-      pack(job, first_row + i, cursor, n, place(job, room, i, 0));
-      x[i] = place(job, room, i, 0);
+      pack(job, first_row + i, cursor, n, place(job, first_row, room, i, 0));
+      x[i] = place(job, first_row, room, i, 0);
     }
   }
 }
@@ -191,7 +215,7 @@ static void add_run(const job *job, int32_t base, int32_t gi, int32_t gj, int32_
       fetch(job, base + gi, ni, cursor, block, &a, x);
       if (gi != gj) fetch(job, base + gj, group, cursor, block, &b, y);
       look_ahead(job, base + gi, gi == gj ? ni : 0, next, &ahead);
-      multiply(job, x, ni, gi == gj ? NULL : y, group, block, first, last, lanes, out, &ahead);
+      multiply(job, base + gi, x, ni, gi == gj ? NULL : y, group, block, first, last, lanes, out, &ahead);
     }
     cursor = next;
   }
@@ -219,7 +243,7 @@ static void scan_chunk(const fm_chunks *chunks, int64_t length, fm_cursor cursor
   *out = 0.0;
   for (int64_t at = 0; at < length; at += FM_BLOCK) {
     const int64_t n = length - at < FM_BLOCK ? length - at : FM_BLOCK;
-    pack(job, job->scanned, cursor, n, block);
+    widen(job, job->scanned, cursor, n, block);
     for (int64_t p = 0; p < n; p++)
       if (block[p] != 0.0f) *out = 1.0;
     fm_cursor_advance(&cursor, n);
@@ -273,9 +297,11 @@ static void fill(const flatmtl_context *context, job *job, double *gramian) {
   const size_t size = (size_t)job->size, n = (size_t)job->num_families * size;
   const size_t per_family = triangle_size(job->size);
   const double *sums = context->workspace;
+  const int32_t least = fm_dtype_size(job->rows->dtype) > 2 ? FM_FAST_ROWS : FM_FAST_HALF_ROWS;
   job->kernels = fm_kernels_get();
   job->fast = context->accumulate == FLATMTL_ACCUMULATE_AUTO && job->rows->dtype != FLATMTL_F64 &&
-              job->rows->num_rows >= FM_FAST_ROWS && fm_total_length(job->rows) >= FM_FAST_LENGTH;
+              job->rows->num_rows >= least && fm_total_length(job->rows) >= FM_FAST_LENGTH;
+  job->as_is = job->rows->dtype == FLATMTL_BF16 && size == (size_t)job->rows->num_rows;
   memset(gramian, 0, n * n * sizeof(double));
   for (;;) {
     const double product = job->fast ? 0.06 : 0.12; /* of the time to read a number */

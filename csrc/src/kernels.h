@@ -38,9 +38,13 @@ typedef struct fm_kernels {
                    double *lanes, double *const *out, const fm_ahead *ahead);
   void (*gram_f64)(const double *const *x, int32_t nx, const double *const *y, int32_t ny, int64_t n, int first,
                    int last, double *lanes, double *const *out, const fm_ahead *ahead);
-  /* With products and sums in F32, for runs of at most FM_BLOCK elements. */
+  /* gram_fast: with products and sums in F32, for runs of at most FM_BLOCK elements. BF16 is widened on the way. */
   void (*gram_fast)(const float *const *x, int32_t nx, const float *const *y, int32_t ny, int64_t n, int first,
                     int last, float *lanes, double *const *out, const fm_ahead *ahead);
+  void (*gram_bf16)(const uint16_t *const *x, int32_t nx, const uint16_t *const *y, int32_t ny, int64_t n, int first,
+                    int last, double *lanes, double *const *out, const fm_ahead *ahead);
+  void (*gram_fast_bf16)(const uint16_t *const *x, int32_t nx, const uint16_t *const *y, int32_t ny, int64_t n,
+                         int first, int last, float *lanes, double *const *out, const fm_ahead *ahead);
 
   /* ((|params| + eta) x)^2 over a run, as gram_f32 of one row; out is one sum. */
   void (*sq_scaled_f32)(const float *x, const float *params, double eta, int64_t n, int first, int last, double *lanes,

@@ -18,6 +18,8 @@
 #define FM_LOAD_BF16(p) \
   _mm256_cvtps_pd(      \
       _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(p))), 16)))
+#define FM_LOAD_BF16_F32(p) \
+  _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16))
 #define FM_ALL(mask) (_mm256_movemask_pd((__m256d)(mask)) == 15)
 #define FM_STORE_HIGH16(p, v) \
   _mm_storel_epi64((__m128i *)(void *)(p), _mm_shuffle_epi8((__m128i)(v), _mm_set_epi64x(0, 0x0f0e0b0a07060302)))

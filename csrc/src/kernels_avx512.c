@@ -18,6 +18,9 @@
 #define FM_LOAD_BF16(p)                \
   _mm512_cvtps_pd(_mm256_castsi256_ps( \
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(p))), 16)))
+#define FM_LOAD_BF16_F32(p) \
+  _mm512_castsi512_ps(      \
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(p))), 16))
 #define FM_ALL(mask) (_mm512_movepi64_mask((__m512i)(mask)) == 255)
 #define FM_STORE_HIGH16(p, v) \
   _mm_storeu_si128((__m128i *)(void *)(p), _mm256_cvtepi32_epi16(_mm256_srli_epi32((__m256i)(v), 16)))

@@ -7,6 +7,7 @@
  *   FM_FMA(a, b, c)   a b + c of vectors of doubles, fused or not
  *   FM_FMA_F32(a, b, c)  a b + c of vectors of floats in one rounding
  *   FM_WIDEN(v), FM_NARROW(v)  a vector of FM_WIDTH F32 to F64, and back
+ *   FM_LOAD_BF16(p), FM_LOAD_BF16_F32(p)  BF16 to a vector of doubles, of floats; loops where it is not defined
  *
  * Inner products (kernels_pairs.h) and combinations are written with vectors, the rest are plain loops for the compiler
  * to vectorise.
@@ -45,6 +46,39 @@ FM_INLINE void store_f64(double *p, fm_vd v) {
 FM_INLINE fm_vf load_fast(const float *p) {
   return *(const fm_vf_any *)p;
 }
+
+FM_INLINE float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+FM_INLINE float from_bf16(uint16_t x) {
+  return as_float((uint32_t)x << 16);
+}
+
+#ifdef FM_LOAD_BF16
+FM_INLINE fm_vd load_bf16(const uint16_t *p) {
+  return (fm_vd)FM_LOAD_BF16(p);
+}
+#else
+FM_INLINE fm_vd load_bf16(const uint16_t *p) {
+  fm_vd v = {0};
+  for (int l = 0; l < FM_WIDTH; l++) v[l] = (double)from_bf16(p[l]);
+  return v;
+}
+#endif
+#ifdef FM_LOAD_BF16_F32
+FM_INLINE fm_vf load_fast_bf16(const uint16_t *p) {
+  return (fm_vf)FM_LOAD_BF16_F32(p);
+}
+#else
+FM_INLINE fm_vf load_fast_bf16(const uint16_t *p) {
+  fm_vf v = {0};
+  for (int l = 0; l < FM_WIDTH_F32; l++) v[l] = from_bf16(p[l]);
+  return v;
+}
+#endif
 
 #define FM_MUL_ADD(a, b, c) ((a) * (b) + (c))
 
@@ -90,20 +124,10 @@ FM_INLINE fm_vf fma_f32(fm_vf a, fm_vf b, fm_vf c) {
 FM_DEFINE_LOOPS(f32, float)
 FM_DEFINE_LOOPS(f64, double)
 
-FM_INLINE float as_float(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 FM_INLINE uint32_t as_bits(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
-}
-
-FM_INLINE float from_bf16(uint16_t x) {
-  return as_float((uint32_t)x << 16);
 }
 
 FM_INLINE float from_f16(uint16_t x) {
@@ -112,18 +136,6 @@ FM_INLINE float from_f16(uint16_t x) {
   const uint32_t small = as_bits(as_float(body + (113u << 23)) - as_float(113u << 23)); /* subnormal: exact */
   return as_float(sign | (body < (1u << 23) ? small : normal));
 }
-
-#ifdef FM_LOAD_BF16
-FM_INLINE fm_vd load_bf16(const uint16_t *p) {
-  return (fm_vd)FM_LOAD_BF16(p);
-}
-#else
-FM_INLINE fm_vd load_bf16(const uint16_t *p) {
-  fm_vd v = {0};
-  for (int l = 0; l < FM_WIDTH; l++) v[l] = (double)from_bf16(p[l]);
-  return v;
-}
-#endif
 
 FM_INLINE double wide_f32(float x) {
   return (double)x;
@@ -360,10 +372,10 @@ static void round_f16(const double *restrict x, int64_t n, uint16_t *restrict ou
 #include "kernels_buffers.h"
 
 static const fm_kernels table = {
-    FM_ISA,      gram_f32,     gram_f64,         gram_fast,        sq_scaled_f32, sq_scaled_f64, diff_f32,  diff_f64,
-    diff_bf16,   diff_f16,     widen_bf16,       widen_f16,        round_f32,     round_bf16,    round_f16, combine_f32,
-    combine_f64, combine_bf16, combine_bf16_f32, sum_f32,          sum_f64,       sum_bf16,      add_f32,   add_f64,
-    perturb_f32, perturb_f64,  perturb_bf16,     perturb_f32_bf16, perturb_wide,  ema_f32,       ema_f64,   excess_f32,
-    excess_f64,  dot,          drop_sums,        drop_signs,       drop_add};
+    FM_ISA,    gram_f32,    gram_f64,    gram_fast,    gram_bf16,        gram_fast_bf16,   sq_scaled_f32, sq_scaled_f64,
+    diff_f32,  diff_f64,    diff_bf16,   diff_f16,     widen_bf16,       widen_f16,        round_f32,     round_bf16,
+    round_f16, combine_f32, combine_f64, combine_bf16, combine_bf16_f32, sum_f32,          sum_f64,       sum_bf16,
+    add_f32,   add_f64,     perturb_f32, perturb_f64,  perturb_bf16,     perturb_f32_bf16, perturb_wide,  ema_f32,
+    ema_f64,   excess_f32,  excess_f64,  dot,          drop_sums,        drop_signs,       drop_add};
 
 const fm_kernels *const FM_TABLE = &table;

@@ -130,3 +130,6 @@ FM_DEFINE_GRAM(f32, float, double, fm_vd, fm_vd_any, FM_WIDTH, load_f32, FM_FMA,
 FM_DEFINE_GRAM(f64, double, double, fm_vd, fm_vd_any, FM_WIDTH, load_f64, FM_MUL_ADD, FM_TILE_ROWS, FM_REGISTERS)
 FM_DEFINE_GRAM(fast, float, float, fm_vf, fm_vf_any, FM_WIDTH_F32, load_fast, FM_FMA_F32, FM_TILE_ROWS_F32,
                FM_REGISTERS_F32)
+FM_DEFINE_GRAM(bf16, uint16_t, double, fm_vd, fm_vd_any, FM_WIDTH, load_bf16, FM_FMA, FM_TILE_ROWS, FM_REGISTERS)
+FM_DEFINE_GRAM(fast_bf16, uint16_t, float, fm_vf, fm_vf_any, FM_WIDTH_F32, load_fast_bf16, FM_FMA_F32, FM_TILE_ROWS_F32,
+               FM_REGISTERS_F32)

@@ -51,6 +51,19 @@ void fm_pack(const fm_kernels *kernels, const flatmtl_rows *rows, const flatmtl_
   if (n % FM_LANES != 0) memset(out, 0, (size_t)(FM_LANES - n % FM_LANES) * wide);
 }
 
+void fm_gather(const flatmtl_rows *rows, int64_t row, fm_cursor cursor, int64_t n, void *to) {
+  const size_t size = fm_dtype_size(rows->dtype);
+  char *out = to;
+  for (int64_t done = 0; done < n;) {
+    const int64_t room = fm_cursor_room(&cursor), take = room < n - done ? room : n - done;
+    memcpy(out, fm_row_at(rows, row, &cursor, size), (size_t)take * size);
+    fm_cursor_advance(&cursor, take);
+    out += (size_t)take * size;
+    done += take;
+  }
+  if (n % FM_LANES != 0) memset(out, 0, (size_t)(FM_LANES - n % FM_LANES) * size);
+}
+
 int64_t fm_piece(fm_cursor cursor, int64_t n, int *direct) {
   int64_t length = 0;
   while (length < n) {

@@ -34,8 +34,8 @@ def gramian(rows: Rows, *, accumulate: str = "auto") -> Tensor:
     Args:
         rows: a K x P tensor, or a sequence of K sequences of tensors.
         accumulate: "auto" sums in float32 within blocks of 512 numbers and in float64 across them, where there are 4
-            rows or more of 98304 numbers or more, not float64, on the CPU, and nothing over- or underflows: about
-            twice as fast, off by less than 1e-8 |x_i||x_j| for rows like gradients (float32; 1e-7
+            rows or more (2 of bfloat16 or float16) of 98304 numbers or more, not float64, on the CPU, and nothing over-
+            or underflows: up to twice as fast, off by less than 1e-8 |x_i||x_j| for rows like gradients (float32; 1e-7
             for bfloat16 and float16) and by 3e-6 at worst. "f64" sums in float64 always.
 
     Returns:

@@ -115,7 +115,7 @@ TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or
     small.push_back(std::min<int64_t>(left, (37 * t) % 500));
   const std::vector<std::vector<int64_t>> cuts = {{n}, {3, n - 1003, 1000}, small, {n / 2 + 9, 0, n - n / 2 - 9}};
   for (auto dtype : {FLATMTL_F32, FLATMTL_BF16, FLATMTL_F16})
-    for (int32_t k : {6, 10, 17, 35}) {
+    for (int32_t k : {4, 6, 10, 17, 35}) {
       if (k > 10 && dtype != FLATMTL_F32) continue;
       Rows g(dtype, k, {n}), s(dtype, k, {n});
       g.fill(2);
@@ -136,6 +136,37 @@ TEST_CASE("Bits of F32 sums do not depend on the instruction set, the threads or
           CAPTURE(isa, way, k, static_cast<int>(dtype));
           REQUIRE(std::memcmp(first.data(), result.data(), result.size() * sizeof(double)) == 0);
         }
+    }
+  flatmtl_select_isa(before.c_str(), nullptr);
+}
+
+TEST_CASE("Rows of BF16 give the bits of the same numbers in F32, widened before or as they are multiplied") {
+  const std::string before = flatmtl_isa();
+  for (int32_t k : {1, 4, 5, 17, 33})
+    for (const auto &cut : std::vector<std::vector<int64_t>>{{LONG}, {5, 90000, 0, 33, LONG - 90038}}) {
+      Rows g(FLATMTL_BF16, k, cut), s(FLATMTL_BF16, k, cut), wide_g(FLATMTL_F32, k, cut), wide_s(FLATMTL_F32, k, cut);
+      g.fill(2);
+      s.fill(3);
+      for (int32_t i = 0; i < k; i++)
+        for (int64_t p = 0; p < LONG; p++) {
+          wide_g.set(i, p, g.get(i, p));
+          wide_s.set(i, p, s.get(i, p));
+        }
+      for (const auto &isa : instruction_sets()) {
+        REQUIRE(flatmtl_select_isa(isa.c_str(), nullptr) == FLATMTL_OK);
+        CAPTURE(isa, k, cut.size());
+        const auto results = [&](const Rows &first, const Rows &second) {
+          Context context(k, 2);
+          const auto gr = first.rows(), sr = second.rows();
+          std::vector<double> result(9 * k * k);
+          REQUIRE(flatmtl_gramian(context, &gr, result.data(), nullptr) == FLATMTL_OK);
+          for (int32_t cross : {0, 1})
+            REQUIRE(flatmtl_gramian_pair(context, &gr, &sr, cross, result.data() + (1 + 4 * cross) * k * k, nullptr) ==
+                    FLATMTL_OK);
+          return result;
+        };
+        REQUIRE(results(g, s) == results(wide_g, wide_s));
+      }
     }
   flatmtl_select_isa(before.c_str(), nullptr);
 }

@@ -29,8 +29,10 @@ def test_errors(dtype, bound):
 
 
 def test_few_or_short_or_double_rows_are_summed_in_f64():
-    for x in (rows(3), rows(8)[:, :90000], rows(8).double()):
+    for x in (rows(3), rows(1, torch.bfloat16), rows(8)[:, :90000], rows(8).double()):
         assert torch.equal(flatmtl.gramian(x), flatmtl.gramian(x, accumulate="f64"))
+    for x in (rows(4), rows(2, torch.bfloat16), rows(2, torch.float16)):
+        assert not torch.equal(flatmtl.gramian(x), flatmtl.gramian(x, accumulate="f64"))
 
 
 def test_pairs_of_rows():
