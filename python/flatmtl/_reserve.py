@@ -40,7 +40,8 @@ class Reserve:
 
     def empty_like(self, index: int, parameter: Tensor) -> Tensor:
         """As `torch.empty_like`, for the parameter of this index; in memory that was in use before if there is some."""
-        if parameter.device.type != "cpu" or parameter.numel() * parameter.element_size() < LEAST:
+        small = parameter.numel() * parameter.element_size() < LEAST
+        if _use_count is None or small or parameter.device.type != "cpu":
             return torch.empty_like(parameter)
         layout = (parameter.dtype, parameter.shape, parameter.stride())
         kept = [k for k in self._kept.get(index, []) if k.layout == layout]

@@ -163,6 +163,12 @@ class TestReserve:
         for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             assert not other._reserve._kept
 
+    def test_nothing_is_kept_where_torch_does_not_count(self, monkeypatch):
+        monkeypatch.setattr("flatmtl._reserve._use_count", None)
+        reserve = Reserve()
+        assert reserve.empty_like(0, torch.zeros(600, 600)).shape == (600, 600)
+        assert not reserve._kept
+
     def test_memory_shared_with_a_process_is_not_used_again(self):
         reserve, like = Reserve(), torch.zeros(600, 600)
         place = reserve.empty_like(0, like).share_memory_().data_ptr()
