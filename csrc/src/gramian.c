@@ -89,7 +89,7 @@ static int is_as_is(const job *job, int32_t row) {
 
 /* Whether a row can be read where it lies. */
 static int is_direct(const job *job, int32_t row) {
-  return is_as_is(job, row) || (row < job->rows->num_rows && fm_dtype_size(job->rows->dtype) > 2);
+  return row < job->rows->num_rows && (job->as_is || fm_dtype_size(job->rows->dtype) > 2);
 }
 
 /* Of row i of a group that starts at first_row. */

@@ -57,28 +57,28 @@ FM_INLINE float from_bf16(uint16_t x) {
   return as_float((uint32_t)x << 16);
 }
 
-#ifdef FM_LOAD_BF16
+#define FM_DEFINE_LOAD_BF16(NAME, VEC, WIDTH)               \
+  FM_INLINE VEC NAME(const uint16_t *p) {                   \
+    VEC v = {0};                                            \
+    for (int l = 0; l < WIDTH; l++) v[l] = from_bf16(p[l]); \
+    return v;                                               \
+  }
+
+#ifndef FM_LOAD_BF16
+FM_DEFINE_LOAD_BF16(lanes_bf16, fm_vd, FM_WIDTH)
+#define FM_LOAD_BF16 lanes_bf16
+#endif
+#ifndef FM_LOAD_BF16_F32
+FM_DEFINE_LOAD_BF16(lanes_bf16_f32, fm_vf, FM_WIDTH_F32)
+#define FM_LOAD_BF16_F32 lanes_bf16_f32
+#endif
+
 FM_INLINE fm_vd load_bf16(const uint16_t *p) {
   return (fm_vd)FM_LOAD_BF16(p);
 }
-#else
-FM_INLINE fm_vd load_bf16(const uint16_t *p) {
-  fm_vd v = {0};
-  for (int l = 0; l < FM_WIDTH; l++) v[l] = (double)from_bf16(p[l]);
-  return v;
-}
-#endif
-#ifdef FM_LOAD_BF16_F32
 FM_INLINE fm_vf load_fast_bf16(const uint16_t *p) {
   return (fm_vf)FM_LOAD_BF16_F32(p);
 }
-#else
-FM_INLINE fm_vf load_fast_bf16(const uint16_t *p) {
-  fm_vf v = {0};
-  for (int l = 0; l < FM_WIDTH_F32; l++) v[l] = from_bf16(p[l]);
-  return v;
-}
-#endif
 
 #define FM_MUL_ADD(a, b, c) ((a) * (b) + (c))
 

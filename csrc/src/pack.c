@@ -4,10 +4,27 @@
 
 enum { FM_LEAST_DIRECT = 64 }; /* shorter pieces of segments are packed */
 
+void fm_gather(const flatmtl_rows *rows, int64_t row, fm_cursor cursor, int64_t n, void *to) {
+  const size_t size = fm_dtype_size(rows->dtype);
+  char *out = to;
+  for (int64_t done = 0; done < n;) {
+    const int64_t room = fm_cursor_room(&cursor), take = room < n - done ? room : n - done;
+    memcpy(out, fm_row_at(rows, row, &cursor, size), (size_t)take * size);
+    fm_cursor_advance(&cursor, take);
+    out += (size_t)take * size;
+    done += take;
+  }
+  if (n % FM_LANES != 0) memset(out, 0, (size_t)(FM_LANES - n % FM_LANES) * size);
+}
+
 void fm_pack(const fm_kernels *kernels, const flatmtl_rows *rows, const flatmtl_rows *perturbed, int64_t row,
              fm_cursor cursor, int64_t n, void *to) {
   const flatmtl_dtype dtype = rows->dtype;
   const size_t size = fm_dtype_size(dtype), wide = dtype == FLATMTL_F64 ? 8 : 4;
+  if (!perturbed && size == wide) {
+    fm_gather(rows, row, cursor, n, to);
+    return;
+  }
   char *out = to;
   for (int64_t done = 0; done < n;) {
     const int64_t room = fm_cursor_room(&cursor), take = room < n - done ? room : n - done;
@@ -16,18 +33,10 @@ void fm_pack(const fm_kernels *kernels, const flatmtl_rows *rows, const flatmtl_
     float *narrow = (float *)(void *)out;
     switch (dtype) {
       case FLATMTL_F32:
-        if (s) {
-          kernels->diff_f32(s, g, take, narrow);
-        } else {
-          memcpy(out, g, (size_t)take * size);
-        }
+        kernels->diff_f32(s, g, take, narrow);
         break;
       case FLATMTL_F64:
-        if (s) {
-          kernels->diff_f64(s, g, take, (double *)(void *)out);
-        } else {
-          memcpy(out, g, (size_t)take * size);
-        }
+        kernels->diff_f64(s, g, take, (double *)(void *)out);
         break;
       case FLATMTL_BF16:
         if (s) {
@@ -49,19 +58,6 @@ void fm_pack(const fm_kernels *kernels, const flatmtl_rows *rows, const flatmtl_
     done += take;
   }
   if (n % FM_LANES != 0) memset(out, 0, (size_t)(FM_LANES - n % FM_LANES) * wide);
-}
-
-void fm_gather(const flatmtl_rows *rows, int64_t row, fm_cursor cursor, int64_t n, void *to) {
-  const size_t size = fm_dtype_size(rows->dtype);
-  char *out = to;
-  for (int64_t done = 0; done < n;) {
-    const int64_t room = fm_cursor_room(&cursor), take = room < n - done ? room : n - done;
-    memcpy(out, fm_row_at(rows, row, &cursor, size), (size_t)take * size);
-    fm_cursor_advance(&cursor, take);
-    out += (size_t)take * size;
-    done += take;
-  }
-  if (n % FM_LANES != 0) memset(out, 0, (size_t)(FM_LANES - n % FM_LANES) * size);
 }
 
 int64_t fm_piece(fm_cursor cursor, int64_t n, int *direct) {

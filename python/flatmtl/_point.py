@@ -106,12 +106,10 @@ class Point:
 
     def fit(self, grads: Sequence[Tensor | None], indices: Sequence[int], dtypes: Sequence[torch.dtype]) -> bool:
         """Whether `fitted` would give back all of these gradients, of the parameters with these indices."""
-        for g, i in zip(grads, indices, strict=True):
-            if g is not None and not (
-                g.layout == torch.strided and g.dtype == dtypes[i] and g.stride() == self._strides[i]
-            ):
-                return False
-        return True
+        return all(g is None or self._fits(i, g, dtypes[i]) for g, i in zip(grads, indices, strict=True))
+
+    def _fits(self, i: int, grad: Tensor, dtype: torch.dtype) -> bool:
+        return grad.layout == torch.strided and grad.dtype == dtype and grad.stride() == self._strides[i]
 
     def fitted(self, i: int, grad: Tensor, dtype: torch.dtype | None = None, room: Tensor | None = None) -> Tensor:
         """A gradient of parameter i in the memory layout of the parameter; in this dtype, if it is given, and where it
@@ -121,7 +119,7 @@ class Point:
                 f"gradient of parameter {self.params[i].name} is sparse ({grad.layout}); dense gradients are required"
             )
         dtype = dtype or grad.dtype
-        if grad.stride() == self.tensors[i].stride() and grad.dtype == dtype:
+        if self._fits(i, grad, dtype):
             return grad
         return (torch.empty_like(self.tensors[i], dtype=dtype) if room is None else room).copy_(grad)
 

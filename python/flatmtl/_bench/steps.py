@@ -82,9 +82,9 @@ class ReadyRows:
 def arithmetic(
     method: str, tasks: int, numbers: int, layout: str, probes: Probes, effort: Effort, count: int
 ) -> dict[str, Any]:
-    """Times of the step less those of its forwards and backwards, for one method; the ratios are to the sum of the floors: reading
-    each g_i for its norm; saving, moving K times and restoring the parameters; reading g and s for the Gramians, and
-    again for the update that is written."""
+    """Times of the step less those of its forwards and backwards, for one method; the ratios are to the sum of the
+    floors: reading each g_i for its norm; saving, moving K times and restoring the parameters; reading g and s for the
+    Gramians, and again for the update that is written."""
     k = tasks
     with threads(count):
         arena = rows.Arena((2 * k + 1) * numbers, out=2 * numbers)
